@@ -1,0 +1,46 @@
+# make demo   drop a task file, let the real Codex CLI run it, show the answer: no account needed
+# make test   run the tests
+# Both do all the set-up, into .venv; the second time it costs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+# What a test run takes besides: make test TESTS='tests/test_ledger.py -x'
+TESTS ?= -n auto --dist loadgroup
+
+.PHONY: venv demo test lint bench clean
+
+venv: $(READY)
+
+$(READY): setup.cfg pyproject.toml codexd/__init__.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo 'codexd needs Python 3.11 or newer; name one: make PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	    echo '$(PYTHON) cannot make virtual environments: python3-venv is missing'; \
+	    test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	    apt-get update -qq && apt-get install -y -qq python3-venv && \
+	    $(PYTHON) -c 'import venv, ensurepip'; } || { \
+	    echo 'install it (Debian, Ubuntu: sudo apt-get install python3-venv) and run make again' >&2; \
+	    exit 1; }
+	@echo 'Setting up $(VENV): codexd, the Codex CLI (about 110 MB to fetch) and the test tools'
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv --clear $(VENV)
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[codex,test]'
+	@touch $@
+
+demo: $(READY)
+	@examples/demo.sh
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest $(TESTS)
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(READY)
+	$(VENV)/bin/python -m bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,26 @@
+"""Wall-clock time as text, the one form it has in every file.
+
+Times tell people when something happened; nothing is decided by comparing
+them, because the clock may jump.  Durations come from time.monotonic().  Lean.
+"""
+
+from __future__ import annotations
+
+import time
+
+
+def stamp(epoch: float) -> str:
+    """RFC 3339 in UTC with milliseconds: 2026-11-23T07:20:11.123Z."""
+    whole, part = divmod(round(epoch * 1000), 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{part:03}Z"
+
+
+def now() -> str:
+    return stamp(time.time())
+
+
+def epoch(text: str) -> float:
+    """Seconds since 1970 of what `stamp` wrote.  Raises ValueError."""
+    from calendar import timegm
+
+    return timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")) + float("0" + text[19:-1])

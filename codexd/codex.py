@@ -1,0 +1,337 @@
+"""The Codex CLI: where it is, how it is called, and what it leaves in CODEX_HOME.
+
+This room is all that knows the CLI.  Its door is this file; behind it are
+`events` (what Codex prints), `verdict` (what that comes to) and `quota` (when to
+try again).  It starts nothing itself but `codex --version`.
+
+Promises: every option stands before the word `resume`, the only place where all
+versions take them; a thread is continued by its id alone, since Codex starts a
+new one for a name it does not know; the environment holds what is listed here
+and nothing else of ours.
+
+May fail with `Missing` or `TooOld` when there is no Codex to call, and with
+ValueError for an argument that Codex could only misunderstand.
+Lean: the worker uses it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+from codexd.events import THREAD_PATTERN, Reader, as_text, is_thread_id
+from codexd.quota import retry_at
+from codexd.verdict import classify, judge, sentence
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from typing import Any
+
+__all__ = [
+    "MINIMUM",
+    "Missing",
+    "Reader",
+    "TooOld",
+    "argv",
+    "classify",
+    "env_keys",
+    "environment",
+    "find",
+    "is_thread_id",
+    "judge",
+    "newest_rollout_thread",
+    "retry_at",
+    "rollout_message",
+    "sentence",
+    "version",
+]
+
+MINIMUM = (0, 130, 0)  # older ones exit 0 on failure or lose threads silently
+_VERSION_WAIT = 10  # seconds
+_INSTALL = (
+    "install it with `pip install openai-codex-cli-bin` or `npm install -g @openai/codex`,"
+    " or set codex.bin in codexd.yaml to its path"
+)
+
+_PASSED = frozenset([
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ", "TERM", "TMPDIR",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "CODEX_API_KEY",
+    "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",
+    "http_proxy", "https_proxy", "all_proxy", "no_proxy",
+])  # fmt: skip
+_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+
+_ROLLOUT = rf"rollout-.*-({THREAD_PATTERN})\.jsonl"
+_ROLLOUTS = 200_000  # directory entries looked at
+_TAILS = (1 << 18, 1 << 25)  # bytes read from the end of a rollout, in turn
+
+
+class Missing(Exception):
+    """There is no Codex that can be run; the text tells a person what to do."""
+
+
+class TooOld(Missing):
+    """There is one, and it is older than MINIMUM."""
+
+
+# --- finding it ---------------------------------------------------------------
+
+
+def find(configured: str, path: str | None) -> str:
+    """The absolute path of the Codex binary.
+
+    `configured` is codex.bin: a path, or a name that is looked up on `path`
+    (the value of PATH; None: the usual directories).  A plain "codex" that is
+    not there is taken from the installed package `codex_cli_bin`.
+    Raises Missing.
+    """
+    if "/" in configured:
+        found = os.path.abspath(os.path.expanduser(configured))
+        if not _runs(found):
+            raise Missing(f"{found} (codex.bin) is not an executable file; {_INSTALL}")
+        return _native(found)
+    for directory in (path or os.defpath).split(os.pathsep):
+        # An empty or relative entry would run what lies in a task's workdir.
+        found = os.path.join(directory, configured)
+        if os.path.isabs(directory) and _runs(found):
+            return _native(found)
+    if configured == "codex" and (packaged := _packaged()):
+        return packaged
+    raise Missing(f"Codex is not installed: no {configured!r} on PATH; {_INSTALL}")
+
+
+def _runs(path: str) -> bool:
+    return os.path.isfile(path) and os.access(path, os.X_OK)
+
+
+def _packaged() -> str | None:
+    from importlib.util import find_spec
+
+    spec = find_spec("codex_cli_bin")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        found = os.path.join(place, "bin", "codex")
+        if _runs(found):
+            return os.path.abspath(found)
+    return None
+
+
+def _native(found: str) -> str:
+    """The native binary that an npm wrapper would start, else `found` itself.
+
+    The wrapper costs a node process, and a SIGKILL of it leaves Codex running.
+    """
+    wrapper = os.path.realpath(found)
+    if not wrapper.endswith(".js"):
+        return found
+    package = os.path.dirname(os.path.dirname(wrapper))  # node_modules/@openai/codex
+    machine = os.uname().machine
+    for scope in (os.path.join(package, "node_modules/@openai"), os.path.dirname(package)):
+        for name in [*_names(scope, "codex-linux-"), os.path.basename(package)]:
+            vendor = os.path.join(scope, name, "vendor")
+            for triple in _names(vendor, machine + "-"):
+                for tail in ("bin/codex", "codex/codex"):
+                    if _runs(native := os.path.join(vendor, triple, tail)):
+                        return native
+    return found
+
+
+def _names(directory: str, prefix: str) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(directory) if name.startswith(prefix))
+    except OSError:
+        return []  # not this layout
+
+
+def version(binary: str, env: Mapping[str, str]) -> tuple[int, int, int]:
+    """The version of `binary`, asked from it.  Raises Missing or TooOld."""
+    import subprocess
+
+    try:
+        ran = subprocess.run(
+            [binary, "--version"],
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_VERSION_WAIT,
+        )
+    except subprocess.TimeoutExpired:
+        text = f"{binary} --version did not answer within {_VERSION_WAIT} s"
+        raise Missing(f"{text}; {_INSTALL}") from None
+    except OSError as error:
+        raise Missing(f"{binary} cannot be run: {error.strerror}; {_INSTALL}") from error
+    said = sentence(ran.stdout[:4096].decode("utf-8", "replace"))
+    number = re.search(r"\b(\d{1,6})\.(\d{1,6})\.(\d{1,6})", said)
+    if ran.returncode != 0 or number is None:
+        raise Missing(f"{binary} is no Codex: --version said {said[:200]!r}; {_INSTALL}")
+    found = (int(number[1]), int(number[2]), int(number[3]))
+    if found < MINIMUM:
+        raise TooOld(
+            f"{binary} is Codex {number[0]}, older than {'.'.join(map(str, MINIMUM))};"
+            f" upgrade it: {_INSTALL}"
+        )
+    return found
+
+
+# --- calling it ---------------------------------------------------------------
+
+
+def argv(
+    binary: str,
+    *,
+    workdir: str,
+    sandbox: str | None,
+    model: str | None,
+    profile: str | None,
+    images: Sequence[str],
+    add_dirs: Sequence[str],
+    output_schema: str | None,
+    last_message_file: str,
+    thread: str | None,
+) -> list[str]:
+    """The command line of one turn; the prompt goes to its standard input.
+
+    Paths are absolute.  Sandbox and workdir are said again for a thread that is
+    continued: Codex does not remember them.
+    Raises ValueError for a `thread` that is no id and for an image with a comma
+    in its path, which Codex takes for a separator and then silently drops.
+    """
+    if thread is not None and not is_thread_id(thread):
+        raise ValueError(f"{thread!r} is not the id of a Codex thread")
+    args = [binary, "exec", "--json", "--color", "never", "--skip-git-repo-check", "-C", workdir]
+    for option, value in (("-s", sandbox), ("-p", profile), ("-m", model)):
+        if value is not None:
+            args += [option, value]
+    for directory in add_dirs:
+        args += ["--add-dir", directory]
+    if output_schema is not None:
+        args += ["--output-schema", output_schema]
+    for image in images:
+        if "," in image:
+            raise ValueError(f"Codex cannot take an image with a comma in its path: {image}")
+        args += ["-i", image]
+    # -i takes every word up to the next option: -o must follow it, or it eats
+    # `resume` and the turn runs in a new thread.
+    args += ["-o", last_message_file]
+    return [*args, *(["resume", thread] if thread else []), "-"]
+
+
+def environment(base: Mapping[str, str], home: str, extra_names: Iterable[str]) -> dict[str, str]:
+    """What Codex may know of the environment `base`; CODEX_HOME is `home`.
+
+    `extra_names` are the variables that the admin's config.toml takes keys from.
+    A TMPDIR that CODEX_HOME lies below is left out: Codex refuses to put its
+    helpers there.
+    """
+    passed = _PASSED.union(extra_names)
+    env = {k: v for k, v in base.items() if k in passed or k.startswith("LC_")}
+    if "TMPDIR" in env:
+        scratch = os.path.realpath(env["TMPDIR"]).rstrip("/") + "/"
+        if (os.path.realpath(home) + "/").startswith(scratch):
+            del env["TMPDIR"]
+    env["CODEX_HOME"] = home
+    return env
+
+
+def env_keys(config_toml_text: str) -> list[str]:
+    """The variables that the model providers of a config.toml take secrets from.
+
+    Raises ValueError, with the place, for a text that is not TOML.
+    """
+    import tomllib
+
+    try:
+        config = tomllib.loads(config_toml_text)
+    except RecursionError:
+        raise ValueError("too deeply nested") from None
+    providers = config.get("model_providers")
+    names: list[Any] = []
+    for provider in providers.values() if isinstance(providers, dict) else ():
+        if isinstance(provider, dict):
+            names.append(provider.get("env_key"))
+            headers = provider.get("env_http_headers")
+            names += headers.values() if isinstance(headers, dict) else ()
+    return sorted({n for n in names if isinstance(n, str) and re.fullmatch(_NAME, n)})
+
+
+# --- what it leaves -----------------------------------------------------------
+
+
+def _rollouts(home: str) -> Iterator[tuple[os.DirEntry[str], str]]:
+    """Every rollout below `home` with its thread id, newest directory first."""
+    stack, seen = [os.path.join(home, "sessions")], 0
+    while stack:
+        with os.scandir(stack.pop()) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            seen += 1
+            if seen > _ROLLOUTS:
+                return
+            if entry.is_dir(follow_symlinks=False):
+                stack.append(entry.path)
+            elif entry.is_file(follow_symlinks=False) and (
+                name := re.fullmatch(_ROLLOUT, entry.name)
+            ):
+                yield entry, name[1].lower()
+
+
+def rollout_message(home: str, thread: str) -> str | None:
+    """The last message of the thread's last turn, from its rollout in CODEX_HOME `home`.
+
+    None if there is no rollout, if it cannot be read, or if a later turn was
+    begun and not ended: then the message would be an older turn's answer.
+    """
+    try:
+        for entry, name in _rollouts(home):
+            if name == thread.lower():
+                return _last_message(entry.path)
+    except OSError:
+        return None  # this is the fallback: what it cannot read is not known
+    return None
+
+
+def _last_message(path: str) -> str | None:
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        for tail in _TAILS:
+            start = max(0, size - tail)
+            file.seek(start)
+            lines = file.read(tail).split(b"\n")
+            for line in reversed(lines[1:] if start else lines):
+                payload = _turn_event(line)
+                if payload is not None:
+                    message = as_text(payload.get("last_agent_message"))
+                    return message if payload["type"] == "task_complete" and message else None
+            if not start:
+                return None
+    return None
+
+
+def _turn_event(line: bytes) -> dict[str, Any] | None:
+    """The payload of a rollout line that begins or ends a turn."""
+    if b'"task_complete"' not in line and b'"task_started"' not in line:
+        return None
+    try:
+        record = json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None  # the last line may be torn
+    payload = record.get("payload") if isinstance(record, dict) else None
+    if not isinstance(payload, dict) or record.get("type") != "event_msg":
+        return None
+    return payload if payload.get("type") in ("task_complete", "task_started") else None
+
+
+def newest_rollout_thread(home: str, since: float) -> str | None:
+    """The thread whose rollout was written at or after `since` (epoch seconds).
+
+    For streams that never name their thread.  None also if several were: all
+    workers share CODEX_HOME, and a guess could continue somebody else's thread.
+    Raises OSError if CODEX_HOME cannot be read.
+    """
+    try:
+        written = {thread for entry, thread in _rollouts(home) if entry.stat().st_mtime >= since}
+    except FileNotFoundError:
+        return None
+    return written.pop() if len(written) == 1 else None

@@ -1,0 +1,125 @@
+"""Control files: cancel, hold, release, reset, obeyed before any task is taken.
+
+Part of the master.  The effect is in the ledger before the file is removed, and
+obeying twice changes nothing.  A control for something that does not exist is
+rejected with its reason, like any other file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from codexd import clock, place, session, spool, taskfile
+from codexd.config import Config
+from codexd.finish import Finish
+from codexd.gate import HOLD, Keeper
+from codexd.launcher import Processes
+from codexd.ledger import Ledger
+from codexd.model import Event, Kind, Note, State, Task, apply
+from codexd.outcome import Outcome
+
+Record = Callable[[list[Event]], None]
+_ENDINGS = (".cancel", ".hold", ".release", ".reset", ".drain", ".compact")
+
+
+class Controls:
+    """Obeys control files."""
+
+    def __init__(
+        self,
+        config: Config,
+        ledger: Ledger,
+        launcher: Processes,
+        keeper: Keeper,
+        finish: Finish,
+    ) -> None:
+        self.dirs = config.dirs
+        self.ledger = ledger
+        self.launcher = launcher
+        self.keeper = keeper
+        self.finish = finish
+
+    def obey(self, names: list[str], record: Record) -> list[str]:
+        """Obey what is a control file; the other names.
+
+        A retry is left to the intake: it makes a task.
+        """
+        found = [name for name in names if name.endswith(_ENDINGS)]
+        if not found:
+            return names
+        done = {name for name in found if self._obeyed(name, record)}
+        return [name for name in names if name not in done]
+
+    def _obeyed(self, name: str, record: Record) -> bool:
+        """Whether the intake need not look at this file."""
+        try:
+            control = taskfile.control(name)
+        except taskfile.Refused:
+            return False  # the intake rejects it with this very reason
+        if control is None or self._size(name) != 0:
+            return False
+        if spool.in_inbox(self.dirs, control.target):
+            return True  # its task is taken in this round, it is obeyed in the next
+        if not self._obey(control, record):
+            return False
+        (self.dirs.inbox / name).unlink(missing_ok=True)
+        return True
+
+    def _size(self, name: str) -> int | None:
+        try:
+            return (self.dirs.inbox / name).lstat().st_size
+        except FileNotFoundError:
+            return None
+
+    def _obey(self, control: taskfile.Control, record: Record) -> bool:
+        """Whether it was obeyed; False for one that has no task to act on."""
+        verb, target = control.verb, control.target
+        if verb == "reset":
+            return self._reset(target, record)
+        if target == "all":
+            self._all(verb)
+            return True
+        task = self.ledger.book.tasks.get(target)
+        if task is None:
+            return place.known(self.dirs, target)  # ended is as good as obeyed
+        record(self._change(task, verb))
+        if verb == "cancel" and task.state is State.RUNNING:
+            self.launcher.stop([target])
+        if target not in self.ledger.book.tasks:
+            place.archive(self.dirs, target)
+        return True
+
+    def _all(self, verb: str) -> None:
+        if verb == "hold":
+            self.keeper.close(HOLD, "held by hand; `codexd release` lets work go on")
+        else:
+            self.keeper.release()
+
+    def _change(self, task: Task, verb: str) -> list[Event]:
+        """The events that a verb means for a live task."""
+        now = clock.now()
+        if verb == "cancel" and task.state is State.RUNNING:
+            return [] if task.cancel else [Event(now, Kind.CANCEL, task.id, {"cancel": True})]
+        if verb == "cancel":
+            facts = {"outcome": Outcome.CANCELLED.value, "message": "cancelled on request"}
+            return [self.end(task, Kind.CANCELLED, facts)]
+        if verb == "hold" and task.state in (State.QUEUED, State.WAITING) and task.reason != "hold":
+            return [Event(now, Kind.WAITING, task.id, {"reason": "hold"})]
+        if verb == "release" and task.state is State.WAITING:
+            return [Event(now, Kind.QUEUED, task.id)]
+        return []
+
+    def end(self, task: Task, kind: Kind, facts: Mapping[str, object]) -> Event:
+        """End a task that is not running: its answer, then the event that says so."""
+        event = Event(clock.now(), kind, task.id, facts)
+        self.finish.conclude(apply(task, event), None)
+        return event
+
+    def _reset(self, name: str, record: Record) -> bool:
+        known = self.finish.session(name)
+        if known.created is None:
+            return False
+        now = clock.now()
+        record([Event(now, Note.RESET, facts={"session": name, "thread": known.thread})])
+        session.save(self.dirs.sessions, session.forget(known, now))
+        return True

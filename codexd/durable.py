@@ -1,0 +1,110 @@
+"""Files that survive a power cut: whole and new, or as they were.
+
+The one way every room writes a file that somebody else reads: write aside,
+fsync, rename, fsync the directory.  A reader never sees half of it.  Names
+beginning with a dot and ending in `.tmp` are debris of a writer that died; each
+directory is swept by the process that alone writes there.
+
+May fail with OSError (full disk, lost permission); then the old file stands.
+Lean: the worker uses it.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Make the names in a directory durable.
+
+    A directory that we may write but not read (an inbox for submitters) cannot
+    be opened for fsync; its owner syncs it when it takes the file.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write every byte; a short write goes on where it stopped."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def write(path: str | os.PathLike[str], data: bytes, mode: int = 0o640) -> None:
+    """Replace the file at `path` by `data`, durably and at once."""
+    directory, name = os.path.split(os.fspath(path))
+    aside = os.path.join(directory, f".{name[:200]}.{os.getpid()}.tmp")
+    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        try:
+            write_all(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(aside, path)
+    except OSError:
+        os.unlink(aside)
+        raise
+    sync_directory(directory or ".")
+
+
+def write_json(path: str | os.PathLike[str], value: Mapping[str, object]) -> None:
+    """`write` for a JSON object, indented for the person who reads it."""
+    import json
+
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    write(path, text.encode("utf-8", "surrogatepass") + b"\n")
+
+
+def read(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The whole file, never following a link.
+
+    Raises OSError; ValueError when it is larger than `limit` bytes or not a
+    regular file.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise ValueError(f"{os.fspath(path)}: {size} bytes, more than {limit}")
+        parts = []
+        while part := os.read(fd, 1 << 20):
+            parts.append(part)
+            limit -= len(part)
+            if limit < 0:
+                raise ValueError(f"{os.fspath(path)}: grew over its limit while being read")
+        return b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+def read_json(path: str | os.PathLike[str], limit: int = 64 << 20) -> dict[str, object]:
+    """A JSON object.  Raises OSError; ValueError when it is damaged."""
+    import json
+
+    try:
+        value = json.loads(read(path, limit))
+    except RecursionError as error:
+        raise ValueError(f"{os.fspath(path)}: nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{os.fspath(path)}: not a JSON object")
+    return value
+
+
+def sweep(directory: str | os.PathLike[str]) -> None:
+    """Remove what a dead writer left.  Only for a directory with one writer."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") and entry.name.endswith(".tmp"):
+                os.unlink(entry.path)

@@ -1,0 +1,260 @@
+"""What an attempt came to: judged from what it left, written down, then said.
+
+Part of the master.  For each attempt that has ended: transcript, session and
+answer are written, each keyed by (ID, N) so that doing it again after a crash
+changes nothing, then status.json; the ledger's line, appended by the caller for
+a whole batch, is the commit.
+
+Evidence is only what lies in tasks/ID/N.  An attempt without a result that had
+begun was killed with its worker: its events tell the thread, and whether the
+turn had ended before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from zlib import crc32
+
+from codexd import clock, codex, durable, place, policy, session, transcript
+from codexd.config import Config
+from codexd.model import USAGE_KEYS, Event, Kind, Task, apply, to_json
+from codexd.outcome import Outcome
+
+_EVENTS_LIMIT = 512 << 20
+_NOTHING: tuple[object, ...] = (None, "", {})
+_INLINE = 1 << 20  # bytes of an answer that still go into JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What an attempt left behind, checked."""
+
+    outcome: Outcome
+    message: str
+    thread: str | None = None
+    answer: str | None = None
+    began: bool = True  # passed the at-most-once point
+    ran: bool = True  # Codex ran
+    usage: Mapping[str, int] | None = None
+    cost: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """One attempt's next ledger line, and what the gate has to know."""
+
+    event: Event
+    outcome: Outcome
+    message: str
+    close: bool
+    ran: bool
+    delay: float
+
+
+class Finish:
+    """Judges attempts and writes what they came to."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.dirs = config.dirs
+
+    # --- evidence -------------------------------------------------------------
+
+    def result(self, task: Task) -> Result:
+        """What attempt N of a running task left, now that nothing of it lives."""
+        try:
+            found = place.result(self.dirs, task.id, task.launches)
+        except ValueError as damage:
+            return Result(Outcome.UNKNOWN, f"the result is damaged: {damage}", task.thread)
+        if found is not None:
+            return _checked(found, task)
+        if not place.was_started(self.dirs, task.id, task.launches):
+            text = "the worker was not started"
+            return Result(Outcome.INTERRUPTED, text, task.thread, began=False, ran=False)
+        return self._salvage(task)
+
+    def _salvage(self, task: Task) -> Result:
+        """The worker was killed: what do the events say?"""
+        reader = codex.Reader()
+        path = place.attempt(self.dirs, task.id, task.launches) / "events.jsonl"
+        try:
+            reader.feed(durable.read(path, _EVENTS_LIMIT))
+        except FileNotFoundError:
+            pass  # killed before Codex said anything
+        reader.finish()
+        thread = reader.thread or task.thread
+        if reader.completed and reader.message and (not task.thread or task.thread == thread):
+            text = "the turn was complete when its worker was killed"
+            return Result(Outcome.DONE, text, thread, reader.message, usage=reader.usage)
+        text = "the worker was killed in the middle of the turn"
+        return Result(Outcome.INTERRUPTED, text, thread, usage=reader.usage)
+
+    # --- the step ---------------------------------------------------------------
+
+    def judge(self, task: Task) -> Finished:
+        """Write down what the attempt came to; the event that says so.
+
+        Raises OSError when the host refuses; then nothing was said, and the
+        same is done again later.
+        """
+        found = self.result(task)
+        if task.cancel and found.outcome is not Outcome.DONE:
+            found = replace(found, outcome=Outcome.CANCELLED, message="cancelled on request")
+        step = policy.after(
+            found.outcome,
+            attempts=task.attempts,
+            limit=task.limit,
+            interruptions=task.interruptions,
+            base=self.config.retry.base,
+            cap=self.config.retry.cap,
+            chance=(crc32(f"{task.id}/{task.launches}".encode()) % 1000) / 1000,
+        )
+        used = self._remember(task, found, step) if found.ran else {}
+        event = self._event(task, found, step, used)
+        if apply(task, event).state.ended:
+            self.conclude(apply(task, event), found.answer)
+        return Finished(event, found.outcome, found.message, step.close, found.ran, step.delay)
+
+    def _event(
+        self, task: Task, found: Result, step: policy.Step, used: Mapping[str, int]
+    ) -> Event:
+        ended = step.kind in (Kind.DONE, Kind.FAILED, Kind.CANCELLED)
+        facts: dict[str, object] = {
+            "outcome": found.outcome.value if ended else None,
+            "message": found.message[:2000],
+            "thread": None if step.fresh else found.thread,
+            "usage": _sum(task.usage, used),
+            "cost": _sum(task.cost, found.cost or {}),
+        }
+        if step.fresh:
+            facts["fresh"] = True
+        if not step.counted:
+            facts["attempts"] = task.attempts - 1
+            # The gate is no fault of the task: waiting for it may take for ever.
+            facts["interruptions"] = task.interruptions + (not step.close)
+        if not ended:
+            facts["reason"] = found.outcome.value
+        if step.delay:
+            facts["until"] = clock.stamp(clock.epoch(clock.now()) + step.delay)
+        if ended:
+            facts["attempts"] = task.attempts
+        return Event(
+            clock.now(), step.kind, task.id, {k: v for k, v in facts.items() if v not in _NOTHING}
+        )
+
+    # --- what is kept -----------------------------------------------------------
+
+    def _remember(self, task: Task, found: Result, step: policy.Step) -> Mapping[str, int]:
+        """Transcript, then session; what the attempt used."""
+        name, attempt = task.session_name, f"{task.id}/{task.launches}"
+        known = self.session(name)
+        if known.applied == attempt:
+            return known.used
+        now = clock.now()
+        length = transcript.append(
+            self.dirs.transcripts / f"{session.stem(name)}.jsonl",
+            known.transcript if known.applied else None,
+            self._said(task, found, now),
+        )
+        after = session.add(known, attempt, found.thread, found.usage or {}, now)
+        ended = step.kind in (Kind.DONE, Kind.FAILED, Kind.CANCELLED)
+        after = replace(after, transcript=length, tasks=after.tasks + ended)
+        session.save(self.dirs.sessions, session.forget(after, now) if step.fresh else after)
+        return after.used
+
+    def session(self, name: str) -> session.Session:
+        """The session as its file tells it; a damaged file is kept aside."""
+        try:
+            return session.load(self.dirs.sessions, name)
+        except ValueError:
+            session.set_aside(self.dirs.sessions, name)
+            return session.Session(name)
+
+    def _said(self, task: Task, found: Result, now: str) -> list[dict[str, object]]:
+        key = {"task": task.id, "attempt": task.launches}
+        lines: list[dict[str, object]] = []
+        if task.launches == 1:
+            text = place.load(self.dirs, task.id).get("request")
+            prompt = text.get("prompt") if isinstance(text, dict) else None
+            lines.append({"ts": task.started, **key, "role": "user", "text": prompt})
+        said = {"ts": now, **key, "role": "assistant", "thread": found.thread}
+        if found.outcome is Outcome.DONE:
+            return [*lines, {**said, "text": found.answer}]
+        failed = {"outcome": found.outcome.value, "error": found.message}
+        return [*lines, {**said, "text": found.answer or "", **failed}]
+
+    def conclude(self, task: Task, answer: str | None) -> None:
+        """The answer's file and the last word of a task that has ended."""
+        name = place.answer_name(task.id, task.file)
+        place.write_answer(self.dirs, name, _front(task) + _text(answer).encode("utf-8", "replace"))
+        short = (
+            answer if answer is None or len(answer.encode("utf-8", "replace")) <= _INLINE else None
+        )
+        file = str(self.dirs.answers / name)
+        place.conclude(self.dirs, task.id, to_json(task, short, file))
+
+
+def _sum(before: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    """Both added up; of a peak the larger."""
+    total = dict(before)
+    for key, value in more.items():
+        if key.endswith("peak_bytes"):
+            total[key] = max(total.get(key, 0), value)
+        else:
+            total[key] = round(total.get(key, 0) + value, 3)
+    return total
+
+
+def _checked(found: Mapping[str, object], task: Task) -> Result:
+    """A worker's result; whatever is wrong in it counts as unknown."""
+    try:
+        outcome = Outcome(str(found["outcome"]))
+    except (ValueError, KeyError):
+        return Result(Outcome.UNKNOWN, "the result names no known outcome", task.thread)
+    usage, cost = found.get("usage"), found.get("cost")
+    answer, thread = found.get("answer"), found.get("thread")
+    return Result(
+        outcome=outcome,
+        message=str(found.get("message") or ""),
+        thread=thread if isinstance(thread, str) and codex.is_thread_id(thread) else task.thread,
+        answer=answer if isinstance(answer, str) else None,
+        ran="exit_status" in found,
+        usage=_numbers(usage, USAGE_KEYS),
+        cost=_numbers(cost, ("cpu_seconds", "memory_peak_bytes")),
+    )
+
+
+def _numbers(value: object, keys: tuple[str, ...]) -> dict[str, int]:
+    if not isinstance(value, dict):
+        return {}
+    return {k: value[k] for k in keys if isinstance(value.get(k), (int, float))}
+
+
+def _front(task: Task) -> bytes:
+    """The answer's front matter: flat, one key a line, JSON scalars (which are YAML)."""
+    import json
+
+    values = {
+        "id": task.id,
+        "session": task.session_name,
+        "state": task.state.value,
+        "outcome": task.outcome.value if task.outcome else None,
+        "message": task.message,
+        "file": task.file,
+        "created": task.created,
+        "started": task.started,
+        "ended": task.ended,
+        "attempts": task.attempts,
+        "thread": task.thread,
+        "tokens_in": task.usage.get("input_tokens"),
+        "tokens_out": task.usage.get("output_tokens"),
+        "cpu_seconds": task.cost.get("cpu_seconds"),
+        "memory_peak_bytes": task.cost.get("memory_peak_bytes"),
+    }
+    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
+    return f"---\n{lines}---\n".encode()
+
+
+def _text(answer: str | None) -> str:
+    return "" if answer is None else answer if answer.endswith("\n") else answer + "\n"

@@ -1,0 +1,169 @@
+"""The gate: what holds all dispatch, and when to look whether it still must.
+
+Part of the master.  A spent quota, a failed login, a missing Codex, a full disk
+and `hold` are not states of ten thousand tasks; each closes the gate once, by
+one ledger event with its reason.  What codexd can see for itself (Codex, disk)
+opens it again by looking; what only the service knows (quota, login) is found
+out by letting one task through, at a known time or after growing pauses.
+
+The ledger may be the very thing that cannot be written (a full disk): then the
+reason stands in memory alone, and is told in the heartbeat and the log.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from codexd import clock, codex, policy, spool
+from codexd.config import Config
+from codexd.dispatch import Gate
+from codexd.ledger import Ledger, LedgerFull
+from codexd.model import Event, Note
+from codexd.outcome import Outcome
+
+HOLD, CODEX, DISK = "hold", "codex", "disk"
+PROBED = frozenset({Outcome.QUOTA.value, Outcome.AUTH.value})
+_LOOK = 10.0  # seconds between looks for a missing Codex
+
+
+class Keeper:
+    """Closes and opens the gate."""
+
+    def __init__(self, config: Config, ledger: Ledger, told: Callable[..., None]) -> None:
+        self.config = config
+        self.ledger = ledger
+        self.told = told  # the master's log
+        self.binary = ""
+        self.version = ""
+        self.env_keys: list[str] = []
+        self._unwritten: dict[str, Mapping[str, object]] = {}
+        self._probe_at: dict[str, float] = {}
+        self._tries: dict[str, int] = {}
+        self._seen: tuple[object, ...] = ()
+        self._login: tuple[object, ...] = ()
+        self._look_at = 0.0
+
+    @property
+    def closed(self) -> dict[str, Mapping[str, object]]:
+        return {**self.ledger.book.gate, **self._unwritten}
+
+    def gate(self, now: float) -> Gate:
+        """What dispatch has to know; `now` is monotonic seconds."""
+        due = {r for r in PROBED if now >= self._probe_at.get(r, 0.0)}
+        return Gate(self.closed, frozenset(due))
+
+    # --- closing and opening --------------------------------------------------
+
+    def close(self, reason: str, message: str, until: float | None = None) -> None:
+        """One event; saying it again with the same words changes nothing."""
+        facts = {"reason": reason, "message": message[:500]}
+        if until is not None:
+            facts["until"] = clock.stamp(until)
+        old = self.closed.get(reason)
+        if old and all(old.get(k) == v for k, v in facts.items()):
+            return
+        self.told("gate.closed", **facts)
+        try:
+            self.ledger.append([Event(clock.now(), Note.CLOSED, facts=facts)])
+            self._unwritten.pop(reason, None)
+        except LedgerFull:
+            self._unwritten[reason] = {**facts, "since": clock.now()}
+
+    def open(self, reason: str) -> None:
+        self._probe_at.pop(reason, None)
+        self._tries.pop(reason, None)
+        was = self._unwritten.pop(reason, None)
+        if reason in self.ledger.book.gate:
+            self.ledger.append([Event(clock.now(), Note.OPENED, facts={"reason": reason})])
+        elif not was:
+            return
+        self.told("gate.opened", reason=reason)
+
+    def met(self, outcome: Outcome, message: str) -> None:
+        """A task met a reason to hold all others."""
+        reason = outcome.value
+        until = codex.retry_at(message, time.time()) if outcome is Outcome.QUOTA else None
+        tries = self._tries.get(reason, 0)
+        self._tries[reason] = tries + 1
+        pause = policy.probe_after(tries)
+        if until is not None:
+            pause = max(1.0, until - time.time())
+        self._probe_at[reason] = time.monotonic() + pause
+        self.close(reason, message, until)
+
+    def passed(self) -> None:
+        """A task reached the model and came back: quota and login are fine."""
+        for reason in PROBED & self.closed.keys():
+            self.open(reason)
+
+    def release(self) -> None:
+        """`codexd release`: open what a person closed, try the rest now."""
+        self.open(HOLD)
+        for reason in PROBED:
+            self._probe_at[reason] = 0.0
+
+    # --- looking --------------------------------------------------------------
+
+    def look(self, now: float) -> None:
+        """Whether Codex and the disk are as they must be."""
+        self._look_at_disk()
+        if now >= self._look_at or not self.binary:
+            self._look_at = now + _LOOK
+            self._look_for_codex()
+        self._look_at_login()
+
+    def _look_at_disk(self) -> None:
+        least = self.config.limits.disk_free
+        free = spool.free_bytes(self.config.dirs.ledger.parent)
+        if free < least:
+            text = f"less than {least >> 20} MiB free below {self.config.dirs.ledger.parent}"
+            self.close(DISK, text + "; make room, work goes on by itself (limits.disk_free)")
+        elif DISK in self.closed:
+            self.open(DISK)
+
+    def _look_for_codex(self) -> None:
+        try:
+            binary = codex.find(self.config.codex.bin, os.environ.get("PATH"))
+            found = os.stat(binary)
+            seen = (binary, found.st_ino, found.st_mtime_ns, found.st_size)
+            if seen != self._seen:
+                version = codex.version(binary, codex.environment(os.environ, self.home, []))
+                self.version = ".".join(map(str, version))
+                self._seen, self.binary = seen, binary
+                self.told("codex.found", bin=binary, version=self.version)
+        except (codex.Missing, OSError) as problem:
+            self.binary, self._seen = "", ()
+            self.close(CODEX, str(problem))
+        else:
+            self.open(CODEX)
+
+    @property
+    def home(self) -> str:
+        return str(self.config.codex.home)
+
+    def _look_at_login(self) -> None:
+        """A changed login or configuration is a reason to try at once."""
+        home = Path(self.home)
+        login = tuple(_stamp(home / name) for name in ("auth.json", "config.toml"))
+        if login == self._login:
+            return
+        self._login = login
+        for reason in PROBED:
+            self._probe_at[reason] = 0.0
+        try:
+            self.env_keys = codex.env_keys((home / "config.toml").read_text("utf-8"))
+        except FileNotFoundError:
+            self.env_keys = []
+        except (OSError, ValueError) as problem:
+            self.told("codex.config", problem=str(problem))
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size

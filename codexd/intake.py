@@ -1,0 +1,185 @@
+"""The master's door: dropped files become tasks, or are rejected with a reason.
+
+Part of the master: it alone calls this, and passes in what it owns.  Nothing
+here blocks, and one bad file harms only itself.  An OSError that is the host's
+fault (full disk, I/O error) is raised, and everything taken so far is
+continued in a later round from inbox/.take-ID.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+
+from codexd import clock, place, spool, taskfile
+from codexd.config import Config
+from codexd.ledger import Ledger
+from codexd.model import Event, Kind, Note, Request
+
+BATCH = 64  # files a round: dispatch must not wait for a flood of drops
+
+Log = Callable[..., None]
+
+
+class Refusal(ValueError):
+    """Why a dropped file does not become a task."""
+
+
+class Repeat(Exception):
+    """The file's key was seen with the same content: `id` is the first task."""
+
+    def __init__(self, id: str, key: str) -> None:
+        super().__init__(id)
+        self.id = id
+        self.key = key
+
+
+class Intake:
+    """Takes settled files, a batch a round."""
+
+    def __init__(self, config: Config, ledger: Ledger, settled: spool.Settled) -> None:
+        self.config = config
+        self.dirs = config.dirs
+        self.ledger = ledger
+        self.settled = settled
+        self.full = False  # the queue is at its limit; files stay in the inbox
+        self.more = False  # settled files were left for the next round
+
+    def take(self, names: list[str], leftover: list[str], now: float) -> list[Event]:
+        """Accept or reject what is settled; the events, already in the ledger."""
+        room = self.config.limits.queue - len(self.ledger.book.tasks)
+        self.full = room <= 0 and bool(names)
+        complete = (n for n in names if self.settled(self.dirs.inbox, n, now))
+        batch = list(islice(complete, max(0, min(BATCH, room))))
+        self.more = len(batch) == BATCH
+        pairs = [(self._id_for(name), name) for name in batch]
+        claimed = spool.claim(self.dirs, pairs) if pairs else []
+        for _, name in pairs:
+            self.settled.forget(name)
+        ids = [*leftover[:BATCH], *claimed]
+        wanted = dict(pairs)
+        events = [self._examine(id, wanted.get(id)) for id in ids]
+        self.ledger.append([e for e in events if e])
+        for id, event in zip(ids, events, strict=True):
+            self._settle(id, event)
+        return [e for e in events if e]
+
+    def _id_for(self, name: str) -> str:
+        wanted = spool.wanted_id(name)
+        return wanted if wanted and not self._used(wanted) else spool.new_id()
+
+    def _used(self, id: str) -> bool:
+        return id in self.ledger.book.tasks or place.known(self.dirs, id)
+
+    def _examine(self, id: str, name: str | None) -> Event | None:
+        """The ledger event for a claimed file; None if it already has one."""
+        if self._used(id):
+            return None
+        name = name or spool.dropped_name(self.dirs, id)
+        now = clock.now()
+        try:
+            return self._accept(id, name, now)
+        except (Refusal, taskfile.Refused, spool.Unreadable) as reason:
+            facts: dict[str, object] = {"file": name, "reason": str(reason)[:500], "id": id}
+            return Event(now, Note.REJECTED, facts=facts)
+        except Repeat as first:
+            facts = {"file": name, "key": first.key, "first": first.id, "id": id}
+            return Event(now, Note.REPEATED, facts=facts)
+
+    def _settle(self, id: str, event: Event | None) -> None:
+        """The ledger has it: the taken file goes where it belongs."""
+        if event and event.kind is Note.REJECTED:
+            reason = str(event.facts["reason"])
+            spool.refuse(self.dirs, id, str(event.facts["file"]), reason)
+            return
+        spool.drop(self.dirs, id)
+        if event and event.kind is Note.REPEATED:
+            spool.discard(self.dirs, id)
+
+    # --- one file -------------------------------------------------------------
+
+    def _accept(self, id: str, name: str, now: str) -> Event:
+        data = spool.contents(self.dirs, id, self.config.limits.file)
+        control = taskfile.control(name)
+        if control and data:
+            raise Refusal(f"a control file (here .{control.verb}) must be empty")
+        if control and control.verb == "retry":
+            request, of = self._again(control.target)
+        elif control:
+            what = "session" if control.verb == "reset" else "task"
+            raise Refusal(f"there is no {what} {control.target} to {control.verb}")
+        else:
+            if (wanted := spool.wanted_id(name)) and wanted != id:
+                raise Refusal(f"the id {wanted} is used already; drop it under another name")
+            request, of = taskfile.parse(name, data, max_bytes=self.config.limits.file), None
+        self._allowed(request)
+        if request.key:
+            self._keyed(id, request.key, hashlib.sha256(data).hexdigest())
+        return self._record(id, name, request, of, now)
+
+    def _again(self, of: str) -> tuple[Request, str]:
+        """The request of an ended task, for a new one."""
+        if of in self.ledger.book.tasks:
+            raise Refusal(f"task {of} has not ended; cancel it first, or wait")
+        try:
+            found = place.load_archived(self.dirs, of)
+        except FileNotFoundError:
+            raise Refusal(f"there is no task {of}") from None
+        request = found.get("request")
+        if not isinstance(request, dict):
+            raise Refusal(f"the record of task {of} is damaged")
+        again = Request.from_json(request)
+        return replace(again, key=None, session=again.session or of), of
+
+    def _allowed(self, request: Request) -> None:
+        """What the configuration lets a task choose.  The worker resolves links."""
+        most = self.config.codex.sandbox
+        if request.sandbox and request.sandbox.order > most.order:
+            raise Refusal(
+                f"sandbox {request.sandbox} is wider than the configured {most}; "
+                "a task can only lower it (codex.sandbox)"
+            )
+        path = os.path.normpath(self.workdir(request))
+        roots = [os.path.normpath(root) for root in self.config.workdirs]
+        if not any(path == root or path.startswith(root.rstrip("/") + "/") for root in roots):
+            raise Refusal(
+                f"workdir {path} is not below a configured root "
+                f"({', '.join(roots)}); see workdirs in {self.dirs.config_file}"
+            )
+
+    def workdir(self, request: Request) -> str:
+        asked = os.path.expanduser(request.workdir or "")
+        return os.path.join(self.config.workdir, asked) if asked else str(self.config.workdir)
+
+    def _keyed(self, id: str, key: str, sha256: str) -> None:
+        found = place.keyed(self.dirs, key)
+        if found is None:
+            place.remember_key(self.dirs, key, place.Keyed(id, sha256))
+        elif found.id != id:
+            if found.sha256 != sha256:
+                raise Refusal(f"key {key!r} was used by task {found.id} with other content")
+            raise Repeat(found.id, key)
+
+    def _record(self, id: str, name: str, request: Request, of: str | None, now: str) -> Event:
+        record: dict[str, object] = {
+            "id": id,
+            "file": name,
+            "created": now,
+            "retry_of": of,
+            "request": request.to_json(),
+        }
+        place.store(self.dirs, id, record)
+        facts: dict[str, object] = {
+            "session": request.session,
+            "priority": request.priority,
+            "file": name,
+            "title": request.title,
+            "key": request.key,
+            "retry_of": of,
+            "workdir": self.workdir(request),
+            "limit": request.attempts or self.config.attempts,
+        }
+        return Event(now, Kind.QUEUED, id, facts)

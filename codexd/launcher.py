@@ -1,0 +1,132 @@
+"""Start, stop and list workers: here as child processes of the daemon.
+
+Owns run/workers/ID.lock.  The daemon takes the flock on it before it starts the
+worker, and the worker and Codex inherit the descriptor: while anything of the
+attempt lives, the lock is held, and the kernel frees it with the last of them.
+So a new daemon sees what the one before left behind, without pids and ages.
+
+Workers end with the daemon: they have the read end of a pipe that only the
+daemon holds open, and stop Codex when it closes.  What does not stop within
+GRACE is killed, found by the very lock it holds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from codexd import lock
+
+GRACE = 15.0  # seconds an orphan has to end by itself
+# -I -S: no site-packages, no user site; half of a worker's start-up time.
+_BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from codexd.worker import main; main()"
+
+
+class Processes:
+    """Workers as child processes."""
+
+    kind = "process"
+
+    def __init__(self, tasks: Path, run: Path) -> None:
+        self._tasks = tasks
+        self._locks = run / "workers"
+        self._locks.mkdir(mode=0o750, exist_ok=True)
+        self._alive, self._ours = os.pipe2(os.O_CLOEXEC)
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._orphans = {p.stem: time.monotonic() for p in self._locks.glob("*.lock")}
+
+    def command(self, id: str) -> list[str]:
+        package = str(Path(__file__).resolve().parent.parent)
+        return [sys.executable, "-I", "-S", "-c", _BOOT, package, "--tasks", str(self._tasks), id]
+
+    def start(self, id: str) -> None:
+        """Start the worker of a task.  Raises OSError when the host refuses."""
+        fd = os.open(self._path(id), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._children[id] = subprocess.Popen(
+                self.command(id),
+                stdin=self._alive,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(fd,),
+                start_new_session=True,
+                cwd="/",
+            )
+        finally:
+            os.close(fd)
+
+    def active(self) -> set[str]:
+        """Ids of which anything still lives.  Reaps what ended."""
+        for id, child in list(self._children.items()):
+            if child.poll() is not None:
+                del self._children[id]
+                self._orphans[id] = time.monotonic() - GRACE
+        for id, since in list(self._orphans.items()):
+            if lock.is_held(self._path(id)):
+                if time.monotonic() - since >= GRACE:
+                    self._signal_holders(id, signal.SIGKILL)
+            else:
+                del self._orphans[id]
+                self._path(id).unlink(missing_ok=True)
+        return self._children.keys() | self._orphans.keys()
+
+    @property
+    def unsure(self) -> bool:
+        """Whether something lives that tells nobody when it ends."""
+        return bool(self._orphans)
+
+    def stop(self, ids: Iterable[str]) -> None:
+        """Ask workers to stop Codex and write their result."""
+        for id in ids:
+            child = self._children.get(id)
+            if child:
+                child.terminate()
+            elif id in self._orphans:
+                self._signal_holders(id, signal.SIGTERM)
+
+    def kill(self, ids: Iterable[str]) -> None:
+        """End what did not stop, with everything it started."""
+        for id in ids:
+            self._signal_holders(id, signal.SIGKILL)
+            child = self._children.get(id)
+            if child:
+                child.wait()
+
+    def _path(self, id: str) -> Path:
+        return self._locks / f"{id}.lock"
+
+    def _signal_holders(self, id: str, number: int) -> None:
+        for pid in _holders(self._path(id)):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue  # it ended by itself
+
+
+def _holders(path: Path) -> list[int]:
+    """Processes, other than this one, that have the file open."""
+    found = []
+    wanted = os.fspath(path.resolve())
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        try:
+            fds = os.listdir(f"/proc/{name}/fd")
+            if any(_points_to(f"/proc/{name}/fd/{fd}", wanted) for fd in fds):
+                found.append(int(name))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # gone, or somebody else's
+    return found
+
+
+def _points_to(link: str, wanted: str) -> bool:
+    try:
+        return os.readlink(link) == wanted
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,84 @@
+"""Locks that the kernel frees: nothing stale is left for a person to remove.
+
+Two locks exist.  `hold` takes the flock on a file, with a deadline: one master
+for a root.  `hold_thread` takes one byte of CODEX_HOME/.codexd/threads.lock:
+one worker for a Codex thread, the second guard behind the queue's own order.
+
+Fails with `Locked` when the deadline passes.  Assumes a local file system; NFS
+is not supported.  Lean: the worker uses it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+
+_RETRY = 0.05  # seconds between tries; flock has no wait with a deadline
+
+
+class Locked(Exception):
+    """Somebody else holds it."""
+
+
+def _wait(fd: int, take: object, deadline: float, what: str) -> None:
+    end = time.monotonic() + deadline
+    while True:
+        try:
+            take(fd)  # type: ignore[operator]
+            return
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= end:
+                os.close(fd)
+                raise Locked(what) from None
+        time.sleep(_RETRY)
+
+
+def hold(path: str | os.PathLike[str], deadline: float) -> int:
+    """Take the flock on `path` within `deadline` seconds; the descriptor holds it.
+
+    A killed process can outlive itself here for a moment: a child that was
+    forked and has not yet exec'd still has the descriptor.  So a start waits a
+    few seconds before it believes that the lock is held.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    _wait(fd, lambda d: fcntl.flock(d, fcntl.LOCK_EX | fcntl.LOCK_NB), deadline, os.fspath(path))
+    return fd
+
+
+def is_held(path: str | os.PathLike[str]) -> bool:
+    """Whether some process holds the flock on `path` now."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        # Shared: two who only ask never disturb one another.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def hold_thread(home: str, thread: str, deadline: float) -> int:
+    """Take the lock of one Codex thread (a UUID); the descriptor holds it.
+
+    A byte range of one file, at an offset made of the id: no file a thread to
+    clean up.  POSIX range locks go with the first close of the file in this
+    process, so it must be opened only here, and once.
+    """
+    directory = os.path.join(home, ".codexd")
+    os.makedirs(directory, 0o700, exist_ok=True)
+    path = os.path.join(directory, "threads.lock")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    # 60 bits from the random end of the id: version 7 ids begin with the time.
+    offset = int(thread.replace("-", "")[-15:], 16)
+    _wait(
+        fd,
+        lambda d: fcntl.lockf(d, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset),
+        deadline,
+        f"thread {thread}",
+    )
+    return fd

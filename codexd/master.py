@@ -1,0 +1,398 @@
+"""codexd-master: take, dispatch, collect; the only writer of shared state.
+
+One round does everything there is to do, and every step of it may be repeated
+after a crash.  A hint (a file event, a worker's end, a signal) only makes the
+next round come sooner.
+
+Promises: a file is a task once its ledger line is on disk, and no sooner gone
+from the inbox; a worker is started only after its ledger line and its orders
+are on disk; when an attempt has ended, transcript, session and answer are
+written, and only then the ledger says so; attempt N+1 waits until nothing of
+attempt N lives.
+
+May fail: a full disk closes the gate and is tried again; a ledger that cannot
+be trusted ends the process, and the next start replays it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+
+from codexd import __version__, clock, dispatch, lock, place, prompt, session, spool, transcript
+from codexd.config import Config, ConfigError
+from codexd.control import Controls
+from codexd.finish import Finish, Finished
+from codexd.gate import Keeper
+from codexd.intake import Intake
+from codexd.launcher import Processes
+from codexd.ledger import Ledger, LedgerBroken, LedgerFull
+from codexd.model import Event, Kind, Note, Request, Resume, State, Task
+from codexd.outcome import Outcome
+from codexd.program import Exit, load, options
+from codexd.service import Level, Service
+
+SCAN = 3.0  # seconds between looks into the inbox without a hint
+STOP = 12.0  # seconds for workers to end with the daemon
+HEARTBEAT = 16384  # bytes: a file of one size can be rewritten on a full disk
+_CHECKPOINT = 4 << 20  # bytes of ledger after which the short cut is renewed
+_HOST = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE})
+
+
+class Master:
+    """The daemon's work.  Open it under the root's lock only."""
+
+    def __init__(self, config: Config, service: Service) -> None:
+        self.config = config
+        self.dirs = config.dirs
+        self.service = service
+        self.ledger = Ledger(self.dirs.ledger, self.dirs.checkpoint)
+        self.settled = spool.Settled()
+        self.watch = spool.Watch(self.dirs.inbox, self.settled, service.wake)
+        self.launcher = Processes(self.dirs.tasks, self.dirs.run)
+        self.keeper = Keeper(config, self.ledger, self.note)
+        self.intake = Intake(config, self.ledger, self.settled)
+        self.finish = Finish(config)
+        self.controls = Controls(config, self.ledger, self.launcher, self.keeper, self.finish)
+        self.setpriv = shutil.which("setpriv")
+        self.trouble: str | None = None  # what the host refused in the last round
+        self.stop_at: float | None = None
+        self.beside: Callable[[], None] | None = None  # what else this process tends
+        self._wake_at: dict[str, float] = {}
+        self._next_checkpoint = 0.0
+
+    def warn(self, event: str, **fields: object) -> None:
+        self.service.log(Level.WARNING, event, **fields)
+
+    def note(self, event: str, **fields: object) -> None:
+        self.service.log(Level.NOTICE, event, **fields)
+
+    def say(self, event: Event) -> None:
+        """One log line for a ledger event."""
+        about = {"task": event.id} if event.id else {}
+        level = Level.WARNING if event.kind in (Kind.FAILED, Note.REJECTED) else Level.INFO
+        facts = {k: v for k, v in event.facts.items() if k not in ("usage", "cost", "task")}
+        self.service.log(level, ("task." if event.id else "") + event.kind, **about, **facts)
+
+    def record(self, events: list[Event]) -> None:
+        self.ledger.append(events)
+        for event in events:
+            self.say(event)
+
+    # --- the round --------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Once, before the first round: say who we are, tidy up what a crash left."""
+        book = self.ledger.book
+        for line in book.damaged:
+            self.service.log(Level.ERROR, "ledger.damaged", where=line)
+        if self.ledger.torn:
+            self.warn("ledger.torn", cut_bytes=self.ledger.torn)
+        facts = {"version": __version__, "pid": os.getpid(), "tasks": len(book.tasks)}
+        self.record([Event(clock.now(), Note.STARTED, facts=facts)])
+        for id in sorted(p.name for p in self.dirs.tasks.iterdir()):
+            if id not in book.tasks:
+                self._tidy(id)
+
+    def _tidy(self, id: str) -> None:
+        """A directory of no live task: ended, being taken, or never taken."""
+        if (self.dirs.inbox / (spool.TAKE + id)).exists():
+            return
+        if (self.dirs.tasks / id / "status.json").exists():
+            place.archive(self.dirs, id)
+        elif (self.dirs.tasks / id / "task.json").exists():
+            self.warn("task.unknown", task=id, why="the ledger has no line of it; left as it is")
+        else:
+            spool.discard(self.dirs, id)
+
+    def step(self) -> float:
+        """One round; the seconds until the next."""
+        now = time.monotonic()
+        if self.service.stopping:
+            return self._stop(now)
+        try:
+            self.round(now)
+            self.trouble = None
+        except OSError as error:
+            if not isinstance(error, LedgerFull) and error.errno not in _HOST:
+                raise
+            if self.trouble != str(error):
+                self.service.log(Level.ERROR, "host.refuses", what=str(error))
+            self.trouble = str(error)
+        self.beat()
+        if self.beside:
+            self.beside()
+        return self._pause(now)
+
+    def round(self, now: float) -> None:
+        self.watch.tend()
+        names, leftover = spool.scan(self.dirs.inbox)
+        self.settled.prune(names)
+        names = self.controls.obey(names, self.record)
+        self.keeper.look(now)
+        for event in self.intake.take(names, leftover, now):
+            self.say(event)
+        active = self.launcher.active()
+        self.collect(active)
+        self.awake(now)
+        self.dispatch(active, now)
+        self.tend(now)
+
+    # --- attempts that ended ------------------------------------------------------
+
+    def collect(self, active: set[str]) -> None:
+        """Judge every attempt of which nothing lives any more."""
+        running = [t for t in self.ledger.book.tasks.values() if t.state is State.RUNNING]
+        finished = [self.finish.judge(t) for t in running if t.id not in active]
+        self.record([f.event for f in finished])
+        for one in finished:
+            self._after(one)
+
+    def _after(self, one: Finished) -> None:
+        if one.close:
+            self.keeper.met(one.outcome, one.message)
+        elif one.outcome in (Outcome.DONE, Outcome.NO_ANSWER):
+            self.keeper.passed()
+        if one.event.id not in self.ledger.book.tasks:
+            place.archive(self.dirs, one.event.id)
+        elif one.delay:
+            self._wake_at[one.event.id] = time.monotonic() + one.delay
+
+    def awake(self, now: float) -> None:
+        """Tasks whose pause is over go back to the queue."""
+        events = []
+        for task in self.ledger.book.tasks.values():
+            if task.state is State.WAITING and task.until:
+                if task.id not in self._wake_at:  # we were started meanwhile
+                    left = clock.epoch(task.until) - time.time()
+                    self._wake_at[task.id] = now + min(max(left, 0.0), self.config.retry.cap)
+                if now >= self._wake_at[task.id]:
+                    del self._wake_at[task.id]
+                    events.append(Event(clock.now(), Kind.QUEUED, task.id))
+        self.record(events)
+
+    # --- attempts that begin --------------------------------------------------------
+
+    def dispatch(self, active: set[str], now: float) -> None:
+        """Start what may start: orders, then the ledger, then the worker."""
+        gate = self.keeper.gate(now)
+        chosen = dispatch.ready(self.ledger.book.tasks.values(), gate, self.config.workers, active)
+        events = [self._order(task) for task in chosen]
+        self.record(events)
+        for event in events:
+            if event.kind is Kind.RUNNING:
+                self._launch(event.id)
+            elif event.id not in self.ledger.book.tasks:
+                place.archive(self.dirs, event.id)
+
+    def _launch(self, id: str) -> None:
+        try:
+            self.launcher.start(id)
+        except OSError as error:
+            # The next round finds a running task without a worker and without
+            # `started`, and puts it back uncounted.
+            self.service.log(Level.ERROR, "worker.refused", task=id, why=str(error))
+
+    def _order(self, task: Task) -> Event:
+        """The attempt's orders, written; the event that announces it."""
+        try:
+            record = place.load(self.dirs, task.id)
+            request = Request.from_json(_mapping(record["request"]))
+        except (OSError, ValueError, KeyError, TypeError) as damage:
+            return self._cannot(task, f"its record tasks/{task.id}/task.json is damaged: {damage}")
+        thread = self._thread(task, request)
+        if request.resume is Resume.ALWAYS and thread is None and not task.launches:
+            text = f"resume: always, but session {task.session_name} has no thread yet"
+            return self._cannot(task, text)
+        number = task.launches + 1
+        orders = self._orders(task, request, thread)
+        place.begin_attempt(self.dirs, task.id, number, {"attempt": number, **orders})
+        facts = {"launches": number, "attempts": task.attempts + 1, "thread": thread}
+        return Event(clock.now(), Kind.RUNNING, task.id, facts)
+
+    def _cannot(self, task: Task, why: str) -> Event:
+        facts = {"outcome": Outcome.CONFIG.value, "message": why}
+        return self.controls.end(task, Kind.FAILED, facts)
+
+    def _thread(self, task: Task, request: Request) -> str | None:
+        """The thread to continue: the task's own once it has run, else its session's."""
+        if task.launches:
+            return task.thread
+        if request.resume is Resume.NEVER:
+            return None
+        return self.finish.session(task.session_name).thread
+
+    def _orders(self, task: Task, request: Request, thread: str | None) -> dict[str, object]:
+        config = self.config
+        return {
+            "thread": thread,
+            "preamble": self._preamble(task, thread),
+            "header": config.prompt.header,
+            "policy": config.prompt.policy,
+            "workdir": task.workdir or str(config.workdir),
+            "workdirs": [str(root) for root in config.workdirs],
+            "bin": self.keeper.binary,
+            "home": self.keeper.home,
+            "env": self.keeper.env_keys,
+            "model": request.model or config.codex.model,
+            "profile": request.profile or config.codex.profile,
+            "sandbox": (request.sandbox or config.codex.sandbox).value,
+            "timeout": request.timeout or config.timeout,
+            "idle_timeout": request.idle_timeout or config.idle_timeout,
+            "setpriv": self.setpriv,
+            "memory": {
+                "on": request.memory,
+                "paths": list(config.memory.paths),
+                "hits": config.memory.hits,
+                "chars": config.memory.chars,
+                "rg": None,
+            },
+        }
+
+    def _preamble(self, task: Task, thread: str | None) -> str:
+        """What the model must know before a task that has run already."""
+        begun = any(place.was_started(self.dirs, task.id, n) for n in range(1, task.launches + 1))
+        if not begun:
+            return ""
+        if thread:
+            return prompt.RESUMED
+        path = self.dirs.transcripts / f"{session.stem(task.session_name)}.jsonl"
+        said = prompt.summary(transcript.last(path, 20), self.config.memory.chars)
+        return f"{prompt.FRESH}\n\n{said}" if said else ""
+
+    # --- the rest ---------------------------------------------------------------------
+
+    def tend(self, now: float) -> None:
+        """A checkpoint now and then, so that the next start is short."""
+        if self.ledger.unmarked >= _CHECKPOINT and now >= self._next_checkpoint:
+            self.ledger.checkpoint()
+            self._next_checkpoint = now + 10.0
+
+    def summary(self) -> dict[str, object]:
+        """What the heartbeat tells readers."""
+        tasks = self.ledger.book.tasks.values()
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "beat": time.clock_gettime(time.CLOCK_BOOTTIME),
+            "at": clock.now(),
+            "launcher": self.launcher.kind,
+            "watch": self.watch.kind,
+            "watch_problem": self.watch.problem,
+            "codex": self.keeper.version or None,
+            "running": sum(t.state is State.RUNNING for t in tasks),
+            "queued": sum(t.state is State.QUEUED for t in tasks),
+            "waiting": sum(t.state is State.WAITING for t in tasks),
+            "full": self.intake.full,
+            "trouble": self.trouble,
+            "damaged": len(self.ledger.book.damaged),
+            "gate": self.keeper.closed,
+        }
+
+    def beat(self) -> None:
+        """Rewrite the heartbeat in place: that works on a full disk, too."""
+        told = self.summary()
+        self.service.status(_one_line(told))
+        data = json.dumps(told).encode()[:HEARTBEAT].ljust(HEARTBEAT)
+        fd = os.open(self.dirs.heartbeat, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            os.pwrite(fd, data, 0)
+        except OSError as error:
+            self.trouble = self.trouble or f"cannot write {self.dirs.heartbeat}: {error}"
+        finally:
+            os.close(fd)
+
+    def _pause(self, now: float) -> float:
+        if self.trouble:
+            return 1.0
+        if self.intake.more:
+            return 0.0
+        if self.launcher.unsure or self.settled.pending(now):
+            return 0.1
+        return min([SCAN, *(at - now for at in self._wake_at.values())])
+
+    def _stop(self, now: float) -> float:
+        """Interrupt the turns, collect them, leave; called until done."""
+        active = self.launcher.active()
+        if self.stop_at is None:
+            self.stop_at = now + STOP
+            self.watch.stop()
+            self.service.notify("STOPPING=1")
+            self.launcher.stop(active)
+        elif active and now >= self.stop_at:
+            self.launcher.kill(active)
+            active = self.launcher.active()
+        if active:
+            return 0.1
+        self.collect(active)
+        self.record([Event(clock.now(), Note.STOPPED)])
+        self.ledger.checkpoint()
+        raise StopIteration
+
+
+def _mapping(value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise TypeError("not an object")
+    return value
+
+
+def _one_line(told: dict[str, object]) -> str:
+    gate = told["gate"]
+    closed = f"; closed: {', '.join(gate)}" if isinstance(gate, dict) and gate else ""
+    return f"{told['running']} running, {told['queued']} queued, {told['waiting']} waiting{closed}"
+
+
+def run(config: Config, service: Service, started: Callable[[Master], None]) -> None:
+    """Everything under the root's lock.
+
+    Raises lock.Locked when another daemon serves this root, OSError when a
+    directory cannot be used, LedgerBroken when the ledger cannot be trusted.
+    """
+    config.dirs.lock.parent.mkdir(parents=True, exist_ok=True)
+    held = lock.hold(config.dirs.lock, 5.0)
+    try:
+        spool.prepare(config.dirs)
+        master = Master(config, service)
+        master.begin()
+        master.watch.tend()
+        started(master)
+        service.run(master.step)
+    finally:
+        os.close(held)
+
+
+def serve(config: Config, service: Service, started: Callable[[Master], None]) -> int:
+    """`run`, with every failure told in one line; the exit status."""
+    try:
+        run(config, service, started)
+    except lock.Locked:
+        service.log(Level.ERROR, "already.served", root=config.dirs.ledger.parent)
+        return Exit.UNAVAILABLE
+    except PermissionError as error:
+        service.log(Level.ERROR, "no.permission", path=error.filename, why=error.strerror)
+        return Exit.PERMISSION
+    except (LedgerBroken, OSError) as error:
+        service.log(Level.ERROR, "cannot.go.on", why=str(error))
+        return Exit.UNAVAILABLE
+    return Exit.DONE
+
+
+def main() -> None:
+    """The program codexd-master, for a service unit; people use `codexd serve`."""
+    args = options("codexd-master", "the codexd daemon").parse_args()
+    service = Service("codexd-master")
+    try:
+        loaded = load(args)
+    except ConfigError as error:
+        service.log(Level.ERROR, "configuration", why=str(error))
+        sys.exit(Exit.CONFIGURATION)
+    sys.exit(serve(loaded, service, lambda _master: service.ready()))
+
+
+if __name__ == "__main__":
+    main()

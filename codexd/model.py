@@ -1,0 +1,268 @@
+"""The values every room shares: requests, tasks, events, and how they change.
+
+Pure: no I/O, no clock, no process.  A task is a fold over its ledger events:
+`apply` takes the task as it was and one event and returns the task as it is.
+TRANSITIONS is the whole state machine; a pair without a row cannot happen and
+raises `IllegalEvent`, which replay reports and does not act on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from enum import StrEnum
+
+from codexd.outcome import Outcome
+
+# One pattern for file names, routes, unit instances and the polkit rule.
+ID_PATTERN = r"[0-9]{8}t[0-9]{6}-[0-9a-z]{10}"
+ID_LENGTH = 26
+_ID = re.compile(ID_PATTERN, re.ASCII)
+
+
+def is_id(text: str) -> bool:
+    """Whether `text` is a well-formed task id."""
+    return _ID.fullmatch(text) is not None
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    WAITING = "waiting"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self in ENDED
+
+
+ENDED = frozenset({State.DONE, State.FAILED, State.CANCELLED})
+
+
+class Kind(StrEnum):
+    """What one ledger line about a task says."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCEL = "cancel"  # asked for while running; the worker is being stopped
+    WAITING = "waiting"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Note(StrEnum):
+    """What one ledger line about the daemon itself says."""
+
+    FORMAT = "format"  # first line of a file: the version of its format
+    STARTED = "started"
+    STOPPED = "stopped"
+    REJECTED = "rejected"  # a file that never became a task
+    REPEATED = "repeated"  # same key and content: the first task's id stands
+    CLOSED = "closed"  # the gate, with reason and until
+    OPENED = "opened"
+    RESET = "reset"  # a session's thread was forgotten
+
+
+TRANSITIONS: Mapping[tuple[State | None, Kind], State] = {
+    (None, Kind.QUEUED): State.QUEUED,
+    (State.QUEUED, Kind.RUNNING): State.RUNNING,
+    (State.QUEUED, Kind.WAITING): State.WAITING,
+    (State.QUEUED, Kind.CANCELLED): State.CANCELLED,
+    (State.QUEUED, Kind.FAILED): State.FAILED,
+    (State.RUNNING, Kind.CANCEL): State.RUNNING,
+    (State.RUNNING, Kind.QUEUED): State.QUEUED,
+    (State.RUNNING, Kind.WAITING): State.WAITING,
+    (State.RUNNING, Kind.DONE): State.DONE,
+    (State.RUNNING, Kind.FAILED): State.FAILED,
+    (State.RUNNING, Kind.CANCELLED): State.CANCELLED,
+    (State.WAITING, Kind.QUEUED): State.QUEUED,
+    (State.WAITING, Kind.WAITING): State.WAITING,
+    (State.WAITING, Kind.CANCELLED): State.CANCELLED,
+    (State.WAITING, Kind.FAILED): State.FAILED,
+}
+
+
+class Resume(StrEnum):
+    """Whether a task continues its session's Codex thread."""
+
+    AUTO = "auto"  # continue if there is one
+    ALWAYS = "always"  # fail if there is none
+    NEVER = "never"  # start a new one; the session continues in it
+
+
+class Sandbox(StrEnum):
+    """Codex's sandbox modes, from the narrowest; `order` compares them."""
+
+    READ_ONLY = "read-only"
+    WORKSPACE_WRITE = "workspace-write"
+    DANGER = "danger-full-access"
+
+    @property
+    def order(self) -> int:
+        return list(Sandbox).index(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a task file asks for.  Times in seconds; None: the configured value."""
+
+    prompt: str
+    session: str | None = None
+    workdir: str | None = None
+    model: str | None = None
+    profile: str | None = None
+    sandbox: Sandbox | None = None
+    resume: Resume = Resume.AUTO
+    timeout: float | None = None
+    idle_timeout: float | None = None
+    priority: int = 5
+    attempts: int | None = None
+    key: str | None = None
+    title: str | None = None
+    images: tuple[str, ...] = ()
+    add_dirs: tuple[str, ...] = ()
+    output_schema: str | None = None
+    memory: bool = True
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, object]) -> Request:
+        """Read back what `to_json` wrote; unknown keys of a newer version are dropped."""
+        known = {f.name for f in fields(cls)}
+        values: dict[str, object] = {k: v for k, v in data.items() if k in known}
+        for name in ("images", "add_dirs"):
+            found = values.get(name)
+            values[name] = tuple(found) if isinstance(found, list) else ()
+        if values.get("sandbox") is not None:
+            values["sandbox"] = Sandbox(str(values["sandbox"]))
+        values["resume"] = Resume(str(values.get("resume", "auto")))
+        return cls(**values)  # type: ignore[arg-type]
+
+
+USAGE_KEYS = (
+    "input_tokens",
+    "cached_input_tokens",
+    "output_tokens",
+    "reasoning_output_tokens",
+)
+COST_KEYS = ("cpu_seconds", "memory_peak_bytes", "io_read_bytes", "io_write_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One accepted request as the ledger's events tell it.
+
+    Times are RFC 3339 UTC text with milliseconds.  `launches` numbers the
+    attempt directories (N); `attempts` counts those that count against the
+    limit, `interruptions` those that do not.
+    """
+
+    id: str
+    state: State = State.QUEUED
+    session: str | None = None
+    priority: int = 5
+    file: str | None = None
+    title: str | None = None
+    key: str | None = None
+    retry_of: str | None = None
+    workdir: str | None = None
+    created: str | None = None
+    started: str | None = None
+    ended: str | None = None
+    outcome: Outcome | None = None
+    message: str | None = None
+    until: str | None = None
+    reason: str | None = None
+    launches: int = 0
+    attempts: int = 0
+    interruptions: int = 0
+    limit: int = 3
+    cancel: bool = False
+    thread: str | None = None
+    usage: Mapping[str, int] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def session_name(self) -> str:
+        """A task without a session has one of its own, named by its id."""
+        return self.session or self.id
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One ledger line.  `id` is empty for a Note."""
+
+    at: str
+    kind: Kind | Note
+    id: str = ""
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+
+class IllegalEvent(ValueError):
+    """An event that the table has no row for."""
+
+
+_FACTS = frozenset(f.name for f in fields(Task)) - {"id", "state"}
+
+
+def apply(task: Task | None, event: Event) -> Task:
+    """The task after `event`.
+
+    Facts are fields of the task: the last value stands.  What only means
+    something while a task waits (until, reason) is cleared by every move.
+
+    Raises IllegalEvent where TRANSITIONS has no row.
+    """
+    if not isinstance(event.kind, Kind):
+        raise IllegalEvent(f"{event.kind} is not about a task")
+    state = TRANSITIONS.get((task.state if task else None, event.kind))
+    if state is None:
+        was = task.state if task else "no task"
+        raise IllegalEvent(f"{event.id}: {event.kind} does not follow {was}")
+    facts = {k: v for k, v in event.facts.items() if k in _FACTS}
+    if facts.get("outcome") is not None:
+        facts["outcome"] = Outcome(str(facts["outcome"]))
+    if event.kind is not Kind.CANCEL:
+        facts = {"until": None, "reason": None, **facts}
+    if event.facts.get("fresh"):
+        facts["thread"] = None
+    if event.kind is Kind.RUNNING:
+        facts = {"message": None, "started": (task and task.started) or event.at, **facts}
+    if state.ended:
+        facts = {"ended": event.at, **facts}
+    base = task or Task(id=event.id, created=event.at)
+    return replace(base, state=state, **facts)  # type: ignore[arg-type]
+
+
+def to_json(task: Task, answer: str | None, answer_file: str | None) -> dict[str, object]:
+    """The contract's view of a task: every key always, None where unknown."""
+    return {
+        "id": task.id,
+        "state": task.state.value,
+        "outcome": task.outcome.value if task.outcome else None,
+        "message": task.message,
+        "until": task.until,
+        "reason": task.reason,
+        "session": task.session_name,
+        "title": task.title,
+        "file": task.file,
+        "key": task.key,
+        "retry_of": task.retry_of,
+        "priority": task.priority,
+        "attempts": task.attempts,
+        "created": task.created,
+        "started": task.started,
+        "ended": task.ended,
+        "workdir": task.workdir,
+        "thread": task.thread,
+        "answer": answer,
+        "answer_file": answer_file,
+        "usage": {k: task.usage.get(k) for k in USAGE_KEYS},
+        "cost": {k: task.cost.get(k) for k in COST_KEYS},
+    }

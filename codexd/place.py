@@ -1,0 +1,148 @@
+"""A task's own directory, and where its end is kept: tasks/ID, answers, archive, keys.
+
+Owns tasks/ID (but for tasks/ID/N between launch and end, which is the
+worker's), answers/, archive/YYYY-MM/ID and keys/.  Written by the master alone;
+every step may be repeated after a crash.
+
+Raises OSError for what the host refuses, ValueError for a damaged file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from codexd import durable
+from codexd.config import Directories
+
+_STEM = re.compile(r"[^A-Za-z0-9._-]")
+_MODE = 0o750
+
+
+def store(dirs: Directories, id: str, task: dict[str, object]) -> None:
+    """tasks/ID/task.json: what was asked for, as the worker reads it."""
+    durable.write_json(dirs.tasks / id / "task.json", task)
+
+
+def load(dirs: Directories, id: str) -> dict[str, object]:
+    """tasks/ID/task.json.  Raises OSError, ValueError."""
+    return durable.read_json(dirs.tasks / id / "task.json")
+
+
+# --- a task's own directory ---------------------------------------------------------
+
+
+def attempt(dirs: Directories, id: str, number: int) -> Path:
+    return dirs.tasks / id / str(number)
+
+
+def begin_attempt(dirs: Directories, id: str, number: int, orders: dict[str, object]) -> None:
+    """tasks/ID/N/attempt.json: the worker's orders, durable before it is started."""
+    place = attempt(dirs, id, number)
+    place.mkdir(mode=_MODE, exist_ok=True)
+    durable.write_json(place / "attempt.json", orders)
+    durable.sync_directory(place.parent)
+
+
+def load_archived(dirs: Directories, id: str) -> dict[str, object]:
+    """The task.json of a task that has ended.  Raises OSError, ValueError."""
+    return durable.read_json(archived(dirs, id) / "task.json")
+
+
+def was_started(dirs: Directories, id: str, number: int) -> bool:
+    """Whether a worker passed the at-most-once point of this attempt."""
+    return (attempt(dirs, id, number) / "started").exists()
+
+
+def result(dirs: Directories, id: str, number: int) -> dict[str, object] | None:
+    """What the worker wrote, or None if it did not come so far.
+
+    Raises ValueError when the file is damaged.
+    """
+    try:
+        return durable.read_json(attempt(dirs, id, number) / "result.json")
+    except FileNotFoundError:
+        return None
+
+
+# --- the end of a task ----------------------------------------------------------------
+
+
+def answer_name(id: str, file: str | None) -> str:
+    """The answer's file name, from the id and the dropped name."""
+    stem = _STEM.sub("_", os.fsencode(os.path.splitext(file or "")[0]).decode("latin-1"))
+    return f"{id}.md" if not stem or stem == id else f"{stem[:100]}.{id}.md"
+
+
+def write_answer(dirs: Directories, name: str, text: bytes) -> None:
+    durable.write(dirs.answers / name, text, 0o640)
+
+
+def archived(dirs: Directories, id: str) -> Path:
+    """Where an ended task lies: found by its id alone, however long the history."""
+    return dirs.archive / f"{id[:4]}-{id[4:6]}" / id
+
+
+def conclude(dirs: Directories, id: str, status: dict[str, object]) -> None:
+    """tasks/ID/status.json: the task's last word, written before the ledger says it."""
+    durable.write_json(dirs.tasks / id / "status.json", status)
+
+
+def archive(dirs: Directories, id: str) -> None:
+    """Move a concluded task out of tasks/.  Repeatable."""
+    source, target = dirs.tasks / id, archived(dirs, id)
+    if source.is_dir():
+        target.parent.mkdir(mode=_MODE, exist_ok=True)
+        os.rename(source, target)
+        durable.sync_directory(target.parent)
+
+
+def status(dirs: Directories, id: str) -> dict[str, object] | None:
+    """What a task came to, wherever it lies by now; None if it has not ended.
+
+    Raises OSError, ValueError.
+    """
+    for home in (archived(dirs, id), dirs.tasks / id):
+        try:
+            return durable.read_json(home / "status.json")
+        except FileNotFoundError:
+            continue
+    return None
+
+
+def known(dirs: Directories, id: str) -> bool:
+    """Whether an ended task has this id."""
+    return archived(dirs, id).is_dir()
+
+
+# --- keys -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """What an idempotency key stands for."""
+
+    id: str
+    sha256: str
+
+
+def _key_path(dirs: Directories, key: str) -> Path:
+    import hashlib
+
+    return dirs.keys / hashlib.sha256(key.encode()).hexdigest()
+
+
+def keyed(dirs: Directories, key: str) -> Keyed | None:
+    """The task first submitted with this key.  Raises OSError, ValueError."""
+    try:
+        found = durable.read_json(_key_path(dirs, key), 4096)
+    except FileNotFoundError:
+        return None
+    return Keyed(str(found.get("id")), str(found.get("sha256")))
+
+
+def remember_key(dirs: Directories, key: str, value: Keyed) -> None:
+    record: dict[str, object] = {"key": key, "id": value.id, "sha256": value.sha256}
+    durable.write_json(_key_path(dirs, key), record)

@@ -1,0 +1,110 @@
+"""What to do after an attempt: one pure table from its outcome.
+
+No clock and no chance in here: the caller passes a number between 0 and 1 for
+the jitter, so that judging the same attempt again gives the same step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from codexd.model import Kind
+from codexd.outcome import Outcome
+
+INTERRUPTIONS = 5  # uncounted restarts of one task; a poison task must end too
+
+
+class Then(StrEnum):
+    """What an outcome leads to."""
+
+    END = "end"  # nothing to gain from trying again
+    RETRY = "retry"  # again after a pause, while attempts are left
+    RESTART = "restart"  # again at once, not counted: the host stopped it
+    GATE = "gate"  # again when the gate opens, not counted
+    FRESH = "fresh"  # again at once, in a new thread
+
+
+TABLE: dict[Outcome, Then] = {
+    Outcome.DONE: Then.END,
+    Outcome.CANCELLED: Then.END,
+    Outcome.TIMEOUT: Then.END,
+    Outcome.STALL: Then.RETRY,
+    Outcome.INTERRUPTED: Then.RESTART,
+    Outcome.SIGNAL: Then.RETRY,
+    Outcome.OOM: Then.END,
+    Outcome.AUTH: Then.GATE,
+    Outcome.QUOTA: Then.GATE,
+    Outcome.HOST: Then.RETRY,
+    Outcome.RATE: Then.RETRY,
+    Outcome.TRANSIENT: Then.RETRY,
+    Outcome.THREAD_BUSY: Then.RETRY,
+    Outcome.THREAD_LOST: Then.FRESH,
+    Outcome.CONTEXT_FULL: Then.FRESH,
+    Outcome.CONFIG: Then.END,
+    Outcome.NO_ANSWER: Then.END,
+    Outcome.VERIFY: Then.END,
+    Outcome.BUDGET: Then.END,
+    Outcome.DEPENDENCY: Then.END,
+    Outcome.UNKNOWN: Then.END,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The next event of the task.
+
+    `delay` seconds until it may start again; `counted` whether the attempt
+    counts against the limit; `fresh` whether the next one begins a new thread;
+    `close` whether the gate closes for the outcome.
+    """
+
+    kind: Kind
+    delay: float = 0.0
+    counted: bool = True
+    fresh: bool = False
+    close: bool = False
+
+
+def after(
+    outcome: Outcome,
+    *,
+    attempts: int,
+    limit: int,
+    interruptions: int,
+    base: float,
+    cap: float,
+    chance: float,
+) -> Step:
+    """The step after an attempt that came to `outcome`.
+
+    `attempts` counts this one; `limit` is the most there may be.
+    """
+    then = TABLE[outcome]
+    if outcome is Outcome.DONE:
+        return Step(Kind.DONE)
+    if outcome is Outcome.CANCELLED:
+        return Step(Kind.CANCELLED)
+    if then is Then.GATE:
+        return Step(Kind.QUEUED, counted=False, close=True)
+    if then is Then.RESTART and interruptions < INTERRUPTIONS:
+        return Step(Kind.QUEUED, counted=False)
+    if outcome is Outcome.THREAD_LOST and interruptions < INTERRUPTIONS:
+        # No turn was run: Codex said so before it asked the model for anything.
+        return Step(Kind.QUEUED, counted=False, fresh=True)
+    if then is Then.FRESH and attempts < limit:
+        return Step(Kind.QUEUED, fresh=True)
+    if then is Then.RETRY and attempts < limit:
+        return Step(Kind.WAITING, delay=backoff(attempts, base, cap, chance))
+    return Step(Kind.FAILED)
+
+
+def backoff(attempts: int, base: float, cap: float, chance: float) -> float:
+    """Seconds to wait after that many attempts: doubling, capped, then spread by a half."""
+    pause = min(cap, base * 2.0 ** min(attempts - 1, 30))
+    return float(pause * (0.5 + chance / 2))
+
+
+def probe_after(tries: int) -> float:
+    """Seconds until a closed gate without a known end is tried again."""
+    return float(min(60.0 * 2.0 ** min(tries, 10), 1800.0))

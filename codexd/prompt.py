@@ -1,0 +1,38 @@
+"""The text given to Codex: header, memory, policy, message.  Pure and lean.
+
+The message is what the task says, word for word and last, so that a model that
+reads from the end meets it first.  Notes are data: `memory` fences them.
+"""
+
+from __future__ import annotations
+
+RESUMED = (
+    "An earlier attempt at the task below was interrupted in this thread. Part of it may already "
+    "be done: look at the state of the files first, then finish what is missing. The whole task "
+    "follows again."
+)
+FRESH = (
+    "The earlier conversation of this session could not be continued, so this is a new thread. "
+    "What was said last:"
+)
+
+
+def build(*, header: str, preamble: str, memory: str, policy: str, message: str) -> str:
+    """The prompt.  Parts that are empty leave no trace."""
+    parts = [header, preamble, memory, policy]
+    above = "\n\n".join(part.strip() for part in parts if part.strip())
+    return f"{above}\n\n---\n\n{message}\n" if above else f"{message}\n"
+
+
+def summary(records: list[dict[str, object]], chars: int) -> str:
+    """The last things said, quoted line by line, at most `chars` characters."""
+    said: list[str] = []
+    left = chars
+    for record in reversed(records):
+        text = str(record.get("text") or "")
+        quoted = "\n".join("> " + line for line in text.splitlines())
+        if not text or len(quoted) + 20 > left:
+            break
+        left -= len(quoted) + 20
+        said.append(f"{record.get('role')}:\n{quoted}")
+    return "\n".join(reversed(said))

@@ -1,0 +1,271 @@
+"""What the command prints for people: tables, one screen of status, progress.
+
+Pure output: reads what it is given (and a followed task's events), decides
+nothing.  Text that somebody else wrote never reaches a terminal raw: control
+characters are shown escaped.  Into a pipe, an answer goes byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TextIO
+
+from codexd import clock, place
+from codexd.codex import Reader
+from codexd.config import Directories
+from codexd.view import Json, View
+
+if TYPE_CHECKING:
+    from codexd.memory import Found
+
+_SHORT = 60  # characters of a title in a table
+
+
+def dump(value: object) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def clean(text: object, breaks: bool = False) -> str:
+    """Text without anything that steers a terminal."""
+    keep = "\n\t" if breaks else ""
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape", "replace").decode()
+        for c in str(text)
+    )
+
+
+def _show(text: str, stream: TextIO) -> None:
+    """Print text: cleaned for a terminal, as it is for a pipe."""
+    if stream.isatty():
+        stream.write(clean(text, breaks=True))
+    else:
+        stream.flush()
+        stream.buffer.write(text.encode("utf-8", "replace"))
+    stream.flush()
+
+
+# --- one task ---------------------------------------------------------------------
+
+
+def answer(dirs: Directories, task: Json) -> None:
+    """The answer and exactly one newline, and nothing else, on stdout."""
+    text = task.get("answer")
+    if text is None:
+        text = _from_file(dirs, task)
+    _show(str(text).rstrip("\n") + "\n", sys.stdout)
+
+
+def _from_file(dirs: Directories, task: Json) -> str:
+    """An answer too long for JSON, out of its file: what follows the front matter."""
+    name = os.path.basename(str(task["answer_file"]))
+    text = (dirs.answers / name).read_text("utf-8", "replace")
+    return text.partition("\n---\n")[2]
+
+
+def sentence(task: Json) -> str:
+    """One line on how a task stands."""
+    parts = [f"task {task['id']} {task['state']}"]
+    if task["outcome"] and task["outcome"] != task["state"]:
+        parts.append(f"({task['outcome']})")
+    if task["reason"]:
+        parts.append(f"({task['reason']}" + (f" until {task['until']})" if task["until"] else ")"))
+    if task["message"]:
+        parts.append(f": {task['message']}")
+    return clean(" ".join(parts).replace(" : ", ": "))
+
+
+def task(dirs: Directories, task: Json) -> None:
+    """All that is known of a task, then its answer."""
+    for key, value in task.items():
+        if key in ("answer", "usage", "cost") or value is None:
+            continue
+        print(f"{key + ':':13}{clean(value)}")
+    for key in ("usage", "cost"):
+        table = task[key]
+        known = [f"{k}={v}" for k, v in table.items() if v is not None] if isinstance(table, dict) else []
+        if known:
+            print(f"{key + ':':13}{' '.join(known)}")
+    if task["state"] == "done":
+        print()
+        answer(dirs, task)
+
+
+def progress(dirs: Directories, stream: TextIO = sys.stderr) -> Callable[[Json], None]:
+    """A function to call with a task again and again; it tells what is new."""
+    last = ""
+    reader: Reader | None = None
+    file, offset = "", 0
+
+    def told(task: Json) -> None:
+        nonlocal last, reader, file, offset
+        if task["state"] == "running":
+            path = _events(dirs, str(task["id"]))
+            if path and path != file:
+                file, offset, reader = path, 0, Reader()
+            if reader is not None and file:
+                offset = _feed(reader, file, offset)
+        now = sentence(task)
+        if task["state"] == "running" and reader is not None:
+            now = f"task {task['id']} running: {clean(reader.activity)}"
+        if now != last:
+            last = now
+            print(f"{time.strftime('%H:%M:%S')} {now}", file=stream, flush=True)
+
+    return told
+
+
+def _events(dirs: Directories, id: str) -> str | None:
+    """The events of the latest attempt."""
+    try:
+        numbers = [int(n) for n in os.listdir(dirs.tasks / id) if n.isdigit()]
+    except FileNotFoundError:
+        return None
+    return str(place.attempt(dirs, id, max(numbers)) / "events.jsonl") if numbers else None
+
+
+def _feed(reader: Reader, path: str, offset: int) -> int:
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read()
+    except FileNotFoundError:
+        return offset  # Codex has not begun, or the task has just ended
+    reader.feed(data)
+    return offset + len(data)
+
+
+# --- tables -----------------------------------------------------------------------
+
+
+def rows(head: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
+    """A table with aligned columns; the last one is as long as it likes."""
+    table = [list(head), *([clean(cell) for cell in line] for line in lines)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(head) - 1)]
+    for line in table:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+        print("  ".join([*cells, line[-1]]).rstrip())
+
+
+def table(tasks: Sequence[Json]) -> None:
+    rows(
+        ("ID", "STATE", "OUTCOME", "SESSION", "CREATED", "WHAT"),
+        (
+            (t["id"], t["state"], t["outcome"] or t["reason"] or "-", _session(t),
+             str(t["created"] or "-")[:19], _what(t))
+            for t in tasks
+        ),
+    )  # fmt: skip
+
+
+def _session(task: Json) -> str:
+    return "-" if task["session"] == task["id"] else str(task["session"])[:30]
+
+
+def _what(task: Json) -> str:
+    return str(task["title"] or task["file"] or "")[:_SHORT]
+
+
+def sessions(found: Sequence[Json]) -> None:
+    rows(
+        ("SESSION", "THREAD", "TASKS", "UPDATED"),
+        ((s["name"], s["thread"] or "-", s["tasks"], s["updated"] or "-") for s in found),
+    )
+
+
+def session(found: Json) -> None:
+    for key, value in found.items():
+        text = " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
+        text = " ".join(text) if isinstance(text, list) else text
+        print(f"{key + ':':12}{clean('-' if text in (None, '') else text)}")
+
+
+# --- health -------------------------------------------------------------------------
+
+
+def why(health: Json) -> str:
+    """The reasons for which work does not go on."""
+    gate = health.get("gate")
+    if isinstance(gate, dict) and gate:
+        return clean("; ".join(_reason(k, v) for k, v in gate.items()))
+    return clean(health.get("trouble") or health.get("message") or health["status"])
+
+
+def _reason(name: str, facts: object) -> str:
+    if not isinstance(facts, dict):
+        return name
+    until = f" until {facts['until']}" if facts.get("until") else ""
+    return f"{name}{until}: {facts.get('message')}"
+
+
+def status(view: View, well: bool, health: Json) -> None:
+    """One screen: is all well, what goes on, what failed last, what today used."""
+    print(f"codexd: {'all is well' if well else why(health)}")
+    if "version" in health:
+        print(
+            clean(
+                f"version {health['version']}, codex {health['codex'] or 'none'}, "
+                f"workers by {health['launcher']}, inbox by {health['watch']}"
+            )
+        )
+        if health.get("watch_problem"):
+            print(clean(f"inbox: {health['watch_problem']}"))
+    tasks = view.short_list()
+    for state in ("running", "waiting", "queued"):
+        _section(state, [t for t in tasks if t["state"] == state])
+    _section("failed last", [t for t in tasks if t["state"] == "failed"][-5:])
+    _today(tasks)
+    print(f"state: {view.dirs.state}   inbox: {view.dirs.inbox} ({health.get('inbox', 0)} files)")
+
+
+def _section(name: str, tasks: Sequence[Json]) -> None:
+    if not tasks:
+        return
+    print(f"\n{name}: {len(tasks)}")
+    for task in tasks[:10]:
+        print("  " + sentence(task) + (f"  {clean(_what(task))}" if _what(task) else ""))
+    if len(tasks) > 10:
+        print(f"  and {len(tasks) - 10} more: codexd task list")
+
+
+def _today(tasks: Sequence[Json]) -> None:
+    today = clock.now()[:10]
+    ended = [t for t in tasks if str(t["ended"] or "").startswith(today)]
+    tokens = [_tokens(t) for t in ended]
+    print(
+        f"\ntoday (UTC), of the last {sum(bool(t['ended']) for t in tasks)} ended: "
+        f"{sum(t['state'] == 'done' for t in ended)} done, "
+        f"{sum(t['state'] == 'failed' for t in ended)} failed, "
+        f"{sum(i for i, _ in tokens)} tokens in, {sum(o for _, o in tokens)} out"
+    )
+
+
+def _tokens(task: Json) -> tuple[int, int]:
+    usage = task["usage"]
+    if not isinstance(usage, dict):
+        return 0, 0
+    return int(usage.get("input_tokens") or 0), int(usage.get("output_tokens") or 0)
+
+
+# --- memory -------------------------------------------------------------------------
+
+
+def hits(found: Found) -> list[Json]:
+    return [
+        {"path": h.path, "line": h.line, "end": h.end, "score": round(h.score, 3), "text": h.text}
+        for h in found.hits
+    ]
+
+
+def memory(found: Found, explain: bool) -> None:
+    """The excerpts as they would be quoted, and on stderr what was found how."""
+    for hit in found.hits:
+        print(clean(f"{hit.path}:{hit.line}"))
+        if explain:
+            print(clean(f"  score {hit.score:.3f}; terms: {' '.join(sorted(hit.terms))}"))
+        print("".join(f"  {clean(line)}\n" for line in hit.text.splitlines()))
+    told = f"{len(found.hits)} excerpts by {found.tool} in {found.seconds * 1000:.0f} ms"
+    print(told + (f"; {found.note}" if found.note else ""), file=sys.stderr)

@@ -1,0 +1,112 @@
+"""codexd serve: master and HTTP in the foreground, workers as child processes.
+
+The embedded form, for a machine without systemd units or a person at a
+terminal.  HTTP runs in a process of its own, so that no client can slow the
+master; it ends with it, and is started again when it dies.
+
+Prints one line on stdout when everything is there: `ready inbox=… http=…`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+from codexd import master
+from codexd.config import Config, ConfigError
+from codexd.program import Exit, load
+from codexd.service import Level, Service
+
+_AGAIN = 5.0  # seconds before a server that died is started again
+
+
+class Http:
+    """The HTTP server's process."""
+
+    def __init__(self, args: argparse.Namespace, service: Service) -> None:
+        self._command = [sys.executable, "-m", "codexd.http", *_where(args)]
+        self._service = service
+        self._alive, self._ours = os.pipe2(os.O_CLOEXEC)
+        self._child: subprocess.Popen[str] | None = None
+        self._not_before = 0.0
+        self.address = "off"
+
+    def start(self) -> None:
+        """Start it and wait until it says where it listens, or that it cannot."""
+        self._not_before = time.monotonic() + _AGAIN
+        self._child = subprocess.Popen(
+            self._command, stdin=self._alive, stdout=subprocess.PIPE, text=True
+        )
+        assert self._child.stdout is not None
+        said = self._child.stdout.readline().split()
+        if said[:1] == ["listening"]:
+            self.address = said[1]
+
+    def tend(self) -> None:
+        """Start it again if it died."""
+        child = self._child
+        if child is None or child.poll() is None or child.returncode == Exit.DONE:
+            return
+        if time.monotonic() >= self._not_before:
+            self._service.log(Level.ERROR, "http.died", status=child.returncode)
+            self.start()
+
+    @property
+    def failed(self) -> int | None:
+        """Its exit status, if it ended with a failure."""
+        return (self._child.poll() or None) if self._child else None
+
+    def stop(self) -> None:
+        os.close(self._ours)
+        if self._child:
+            self._child.terminate()
+            self._child.wait()
+
+
+def _where(args: argparse.Namespace) -> list[str]:
+    found = []
+    for name in ("root", "config"):
+        if hasattr(args, name):
+            found += [f"--{name}", os.path.abspath(getattr(args, name))]
+    return found
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve until told to stop; the exit status."""
+    service = Service("codexd")
+    try:
+        config = load(args)
+    except ConfigError as error:
+        service.log(Level.ERROR, "configuration", why=str(error))
+        return Exit.CONFIGURATION
+    http = Http(args, service) if config.http.listen is not None else None
+    try:
+        return master.serve(config, service, lambda one: _begin(config, service, one, http))
+    except HttpFailed as failed:
+        return failed.status
+    finally:
+        if http:
+            http.stop()
+
+
+class HttpFailed(Exception):
+    """The HTTP server could not begin; it has said why."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def _begin(config: Config, service: Service, one: master.Master, http: Http | None) -> None:
+    address = "off"
+    if http:
+        http.start()
+        one.beside = http.tend
+        address = http.address
+        if address == "off":
+            raise HttpFailed(http.failed or Exit.UNAVAILABLE)
+    service.ready()
+    print(f"ready inbox={config.dirs.inbox} http={address}", flush=True)

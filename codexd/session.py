@@ -1,0 +1,149 @@
+"""Sessions: which Codex thread a session's name stands for, and its totals.
+
+Owns sessions/NAME.json, one file a session, written by the master alone.  The
+name is percent-encoded, so no two sessions share a file.  A damaged file is
+kept aside and the session begins anew; it harms no other.
+
+`applied` names the last attempt that was added (ID/N): adding it again after a
+crash changes nothing.  `transcript` is the length of the transcript that goes
+with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from urllib.parse import quote
+
+from codexd import durable
+from codexd.model import USAGE_KEYS
+
+_LIMIT = 1 << 20
+_LONGEST = 180  # bytes of a file's stem; the rest must hold an ending and an id
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One conversation.  `reported` is what Codex last said of the whole thread."""
+
+    name: str
+    thread: str | None = None
+    created: str | None = None
+    updated: str | None = None
+    tasks: int = 0
+    applied: str | None = None
+    transcript: int = 0
+    usage: Mapping[str, int] = field(default_factory=dict)
+    used: Mapping[str, int] = field(default_factory=dict)  # by the applied attempt
+    reported: Mapping[str, int] = field(default_factory=dict)
+
+
+def stem(name: str) -> str:
+    """The file name, without ending, that stands for a session and no other."""
+    text = quote(name, safe=" ").replace(" ", "%20")
+    if text.startswith("."):
+        text = "%2E" + text[1:]
+    if len(text) > _LONGEST:
+        text = text[: _LONGEST - 33] + "-" + hashlib.sha256(name.encode()).hexdigest()[:32]
+    return text
+
+
+def load(directory: Path, name: str) -> Session:
+    """The session of that name; a new one if there is none yet.
+
+    Raises OSError; ValueError when its file is damaged (see `set_aside`).
+    """
+    try:
+        data = durable.read_json(directory / f"{stem(name)}.json", _LIMIT)
+    except FileNotFoundError:
+        return Session(name)
+    return _checked(name, data)
+
+
+def _checked(name: str, data: Mapping[str, object]) -> Session:
+    def text(key: str) -> str | None:
+        value = data.get(key)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"session {name}: {key} is not text")
+        return value
+
+    def number(key: str) -> int:
+        value = data.get(key, 0)
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"session {name}: {key} is not a count")
+        return value
+
+    def totals(key: str) -> dict[str, int]:
+        value = data.get(key) or {}
+        if not isinstance(value, dict) or not all(isinstance(v, int) for v in value.values()):
+            raise ValueError(f"session {name}: {key} is not a table of counts")
+        return value
+
+    if data.get("name") != name:
+        raise ValueError(f"session {name}: the file says it is {data.get('name')!r}")
+    return Session(
+        name, text("thread"), text("created"), text("updated"), number("tasks"),
+        text("applied"), number("transcript"),
+        totals("usage"), totals("used"), totals("reported"),
+    )  # fmt: skip
+
+
+def save(directory: Path, session: Session) -> None:
+    durable.write_json(directory / f"{stem(session.name)}.json", asdict(session))
+
+
+def set_aside(directory: Path, name: str) -> Path:
+    """Move a damaged file out of the way; where it is now."""
+    path = directory / f"{stem(name)}.json"
+    target = path.with_suffix(".damaged")
+    os.replace(path, target)
+    return target
+
+
+def forget(session: Session, now: str) -> Session:
+    """The session with its thread forgotten: the next task begins a new one."""
+    return replace(session, thread=None, reported={}, updated=now)
+
+
+def add(
+    session: Session, attempt: str, thread: str | None, reported: Mapping[str, int], now: str
+) -> Session:
+    """The session after an attempt (ID/N); its `used` is what that attempt used.
+
+    Codex reports totals of the thread, so the use is the difference.  Some
+    versions report each run by itself: totals that shrink are taken as such.
+    """
+    same = thread is not None and thread == session.thread
+    before = session.reported if same else {}
+    used = {}
+    shrunk = any(reported.get(k, 0) < before.get(k, 0) for k in USAGE_KEYS)
+    for key in USAGE_KEYS:
+        if key in reported:
+            used[key] = reported[key] - (0 if shrunk else before.get(key, 0))
+    usage = {k: session.usage.get(k, 0) + used.get(k, 0) for k in USAGE_KEYS}
+    return replace(
+        session,
+        thread=thread or session.thread,
+        created=session.created or now,
+        updated=now,
+        applied=attempt,
+        usage=usage,
+        used=used,
+        reported=dict(reported) or dict(before),
+    )
+
+
+def names(directory: Path) -> list[str]:
+    """All sessions, by name.  A damaged file is left out."""
+    found = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.endswith(".json") and not entry.name.startswith("."):
+                try:
+                    found.append(str(durable.read_json(entry.path, _LIMIT)["name"]))
+                except (OSError, ValueError, KeyError):
+                    continue
+    return sorted(found)

@@ -1,0 +1,362 @@
+"""The directories for hand-over: inbox, tasks/ID, answers, rejected, archive.
+
+Owns every file below them (but tasks/ID/N, which is the worker's until it
+ends).  Files come in by `deliver` or by anybody's `cp` and `mv`; `scan` is the
+truth about what is there, and the watch is only a hint that may be false or
+missing.
+
+Taking a file, in this order, each step repeatable after a crash:
+
+1. its name, durable, in tasks/ID/name     (`claim`)
+2. inbox/NAME -> inbox/.take-ID            (`claim`; a rename inside the watched
+   directory, because one out of it stalls watchdog for half a second)
+3. the bytes, read once, never through a link, checked by `taskfile`
+4. tasks/ID/task.json, durable             (`store`)
+5. the ledger's line: this is the acceptance
+6. inbox/.take-ID removed                  (`drop`)
+
+Raises OSError for what the host refuses, `Unreadable` for what is wrong with
+one file.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.observers import Observer
+
+from codexd import durable
+from codexd.config import Directories
+from codexd.model import ID_LENGTH, is_id
+from codexd.taskfile import ignored
+
+TAKE = ".take-"
+SETTLE = 1.0  # seconds without a change after which a file counts as written
+_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
+_INBOX_MODE = 0o3770
+_STATE_MODE = 0o750
+
+
+class Unreadable(ValueError):
+    """One file in the inbox that cannot become a task; the text says why."""
+
+
+# --- the directories ------------------------------------------------------------
+
+
+def prepare(dirs: Directories) -> None:
+    """Make every directory that is missing; sweep what dead writers left.
+
+    Raises OSError naming the directory that cannot be made or written.
+    """
+    for path in (dirs.rejected, dirs.answers, dirs.schedules, dirs.tasks, dirs.archive):
+        _make(path, _STATE_MODE)
+    for path in (dirs.sessions, dirs.transcripts, dirs.keys, dirs.work, dirs.run, dirs.exits):
+        _make(path, _STATE_MODE)
+    _make(dirs.inbox, _INBOX_MODE)
+    _make(dirs.codex_home, 0o700)
+    _same_file_system(dirs.inbox, dirs.tasks)
+    for path in (dirs.rejected, dirs.answers, dirs.sessions, dirs.keys, dirs.ledger.parent):
+        durable.sweep(path)
+
+
+def _make(path: Path, mode: int) -> None:
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(mode)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "codexd may not write here", str(path))
+
+
+def _same_file_system(one: Path, other: Path) -> None:
+    # Files of the inbox are moved to rejected/ and copied to tasks/; a rename
+    # over a mount point fails, and two disks fill up one without the other.
+    if one.stat().st_dev != other.stat().st_dev and one.parent == other.parent:
+        raise OSError(errno.EXDEV, f"must be on the file system of {other}", str(one))
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that we may still write on the file system of `path`."""
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
+
+
+def new_id() -> str:
+    """A fresh task id: the time for people, chance against collisions."""
+    when = time.strftime("%Y%m%dt%H%M%S", time.gmtime())
+    return when + "-" + "".join(secrets.choice(_LETTERS) for _ in range(10))
+
+
+# --- delivering -----------------------------------------------------------------
+
+
+def deliver(inbox: Path, name: str, data: bytes) -> None:
+    """Put a file into the inbox: whole, durable, and then visible."""
+    durable.write(inbox / name, data, 0o660)
+
+
+def deliver_control(inbox: Path, name: str) -> None:
+    """Put an empty control file into the inbox.  Works on a full disk."""
+    fd = os.open(inbox / name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o660)
+    os.close(fd)
+
+
+# --- what is there ----------------------------------------------------------------
+
+
+def scan(inbox: Path) -> tuple[list[str], list[str]]:
+    """Names of dropped files, and ids already taken but not finished.
+
+    In byte order of the names, without one stat.
+    """
+    names, taken = [], []
+    for name in os.listdir(inbox):
+        if name.startswith(TAKE) and is_id(name[len(TAKE) :]):
+            taken.append(name[len(TAKE) :])
+        elif not ignored(name):
+            names.append(name)
+    names.sort(key=os.fsencode)
+    return names, sorted(taken)
+
+
+class Settled:
+    """Which dropped files are complete.
+
+    A file is settled once it was closed by its writer or renamed in (the watch
+    tells), or has not changed for a second and nobody has it open for writing.
+    """
+
+    def __init__(self) -> None:
+        self.told: set[str] = set()
+        self._seen: dict[str, tuple[float, tuple[int, int, int]]] = {}
+
+    def __call__(self, inbox: Path, name: str, now: float) -> bool:
+        """Whether `name` is complete; `now` is monotonic seconds."""
+        if name in self.told:
+            return True
+        path = inbox / name
+        try:
+            found = os.stat(path, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        if not stat.S_ISREG(found.st_mode):
+            return True  # nobody is writing it: it is rejected at once
+        mark = (found.st_size, found.st_mtime_ns, found.st_ino)
+        since, seen = self._seen.get(name, (now, None))
+        if seen != mark:
+            since = now
+            self._seen[name] = (now, mark)
+        old = SETTLE < time.time() - found.st_mtime < 10 * 365 * 86400
+        return (old or now - since >= SETTLE) and not _being_written(path)
+
+    def pending(self, now: float) -> bool:
+        """Whether a file was still changing a moment ago, so that a look soon pays."""
+        return any(now - since < 2 * SETTLE for since, _ in self._seen.values())
+
+    def forget(self, name: str) -> None:
+        self.told.discard(name)
+        self._seen.pop(name, None)
+
+    def prune(self, names: Iterable[str]) -> None:
+        """Forget all but `names`: what came and went unseen must not pile up."""
+        here = set(names)
+        self.told &= here
+        self._seen = {k: v for k, v in self._seen.items() if k in here}
+
+
+def _being_written(path: Path) -> bool:
+    """Whether some process has the file open for writing, as far as can be told.
+
+    A read lease is refused while there is a writer.  It may be asked for by the
+    owner of the file only; for the files of others, time has to be enough.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False  # taking it will say what is wrong
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    finally:
+        os.close(fd)
+    return False
+
+
+class _Hints(FileSystemEventHandler):
+    def __init__(self, settled: Settled, wake: Callable[[], None]) -> None:
+        self.settled = settled
+        self.wake = wake
+
+    def dispatch(self, event: FileSystemEvent) -> None:
+        """Called in watchdog's thread for every event in the inbox."""
+        if event.event_type in ("closed", "moved"):
+            path = os.fsdecode(event.src_path if event.event_type == "closed" else event.dest_path)
+            name = os.path.basename(path)
+            if ignored(name):
+                return  # among them our own .take-ID
+            self.settled.told.add(name)
+        elif event.event_type != "created" or ignored(
+            os.path.basename(os.fsdecode(event.src_path))
+        ):
+            return
+        self.wake()
+
+
+class Watch:
+    """Hints from inotify about the inbox, kept alive; without it, polling."""
+
+    def __init__(self, inbox: Path, settled: Settled, wake: Callable[[], None]) -> None:
+        self._inbox = inbox
+        self._hints = _Hints(settled, wake)
+        self._observer: object | None = None
+        self._inode = 0
+        self.problem: str | None = None  # why there are no hints
+
+    @property
+    def kind(self) -> str:
+        return "polling" if self.problem else "inotify"
+
+    def tend(self) -> None:
+        """Start the observer, or start it again when it died or the inbox was replaced."""
+        inode = os.stat(self._inbox).st_ino
+        observer = self._observer
+        if observer is not None and inode == self._inode and observer.is_alive():  # type: ignore[attr-defined]
+            return
+        self.stop()
+        fresh = Observer()
+        try:
+            fresh.schedule(self._hints, str(self._inbox), recursive=False)
+            fresh.start()
+        except OSError as error:
+            self.problem = f"no inotify ({error.strerror}); looking every few seconds"
+            return
+        self._observer, self._inode, self.problem = fresh, inode, None
+
+    def stop(self) -> None:
+        if self._observer is not None:
+            self._observer.stop()  # type: ignore[attr-defined]
+            self._observer.join(2)  # type: ignore[attr-defined]
+            self._observer = None
+
+
+# --- taking -----------------------------------------------------------------------
+
+
+def claim(dirs: Directories, names: Sequence[tuple[str, str]]) -> list[str]:
+    """Take (id, name) pairs out of sight of other programs; the ids that were there.
+
+    A file that vanished meanwhile (its dropper thought better of it) is left out.
+    """
+    for id, name in names:
+        place = dirs.tasks / id
+        place.mkdir(mode=_STATE_MODE, exist_ok=True)
+        durable.write(place / "name", os.fsencode(name))
+    durable.sync_directory(dirs.tasks)
+    claimed = []
+    for id, name in names:
+        try:
+            os.rename(dirs.inbox / name, dirs.inbox / (TAKE + id))
+            claimed.append(id)
+        except FileNotFoundError:
+            discard(dirs, id)
+    durable.sync_directory(dirs.inbox)
+    return claimed
+
+
+def dropped_name(dirs: Directories, id: str) -> str:
+    """The name under which a claimed file was dropped."""
+    return os.fsdecode(durable.read(dirs.tasks / id / "name", 4096))
+
+
+def contents(dirs: Directories, id: str, limit: int) -> bytes:
+    """The bytes of a claimed file, read once.  Raises Unreadable."""
+    path = dirs.inbox / (TAKE + id)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise Unreadable(_why_not_opened(path, error)) from error
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise Unreadable(f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no regular file')}")
+        if found.st_size > limit:
+            raise Unreadable(f"{found.st_size} bytes; the limit is {limit} (limits.file)")
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(limit + 1)
+    finally:
+        os.close(fd)
+    if len(data) > limit:
+        raise Unreadable(f"it grew over the limit of {limit} bytes (limits.file)")
+    return data
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link: drop the file itself",
+}
+
+
+def _why_not_opened(path: Path, error: OSError) -> str:
+    mode = os.lstat(path).st_mode
+    if not stat.S_ISREG(mode):
+        return f"it is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}"
+    if error.errno == errno.EACCES:
+        return "codexd may not read it: chmod g+r (or 644) it and drop it again"
+    return f"it cannot be opened: {error.strerror}"
+
+
+def drop(dirs: Directories, id: str) -> None:
+    """The taken file has done its duty."""
+    (dirs.inbox / (TAKE + id)).unlink(missing_ok=True)
+
+
+def discard(dirs: Directories, id: str) -> None:
+    """Remove the directory of an id that never became a task."""
+    place = dirs.tasks / id
+    for entry in place.iterdir():
+        entry.unlink()
+    place.rmdir()
+
+
+def refuse(dirs: Directories, id: str, name: str, reason: str) -> str:
+    """Move a claimed file to rejected/ with its reason; the name it has there."""
+    kept = name if len(os.fsencode(name)) <= 200 else f"{name[:40]}.{id}"
+    if os.path.lexists(dirs.rejected / kept) or os.path.lexists(dirs.rejected / f"{kept}.reason"):
+        kept = f"{kept}.{id}"
+    durable.write(dirs.rejected / f"{kept}.reason", f"{reason}\n".encode("utf-8", "replace"))
+    source, target = dirs.inbox / (TAKE + id), dirs.rejected / kept
+    try:
+        # Not rename: see the module's note on watchdog.
+        os.link(source, target, follow_symlinks=False)
+        os.unlink(source)
+    except OSError:
+        os.rename(source, target)
+    durable.sync_directory(dirs.rejected)
+    discard(dirs, id)
+    return kept
+
+
+def wanted_id(name: str) -> str | None:
+    """The id that a producer gave in the file's name, if it is one."""
+    stem, ending = os.path.splitext(name)
+    fits = len(stem) == ID_LENGTH and is_id(stem) and ending in (".md", ".json")
+    return stem if fits else None
+
+
+def in_inbox(dirs: Directories, id: str) -> bool:
+    """Whether a delivered task of this id was not yet accepted."""
+    return any(os.path.lexists(dirs.inbox / name) for name in (f"{id}.md", f"{id}.json", TAKE + id))

@@ -1,0 +1,65 @@
+"""Transcripts: what was said in a session, one JSON object a line.
+
+Owns transcripts/NAME.jsonl, written by the master alone.  A line has `ts`,
+`task`, `attempt`, `role` (user or assistant), `text`, and for an attempt that
+failed `outcome` and `error`.
+
+An append first cuts the file to the length its session remembers: lines of an
+append whose session file was never written are thus replaced, not doubled, and
+a torn tail goes with them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from codexd import durable
+
+_TAIL = 256 << 10  # bytes read back for a summary
+
+
+def append(path: Path, length: int | None, records: Sequence[Mapping[str, object]]) -> int:
+    """Add records after the first `length` bytes (None: at the end); the new length.
+
+    Durable when it returns.  Raises OSError.
+    """
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    data = text.encode("utf-8", "surrogatepass")
+    new = not path.exists()
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+    try:
+        size = os.fstat(fd).st_size
+        keep = size if length is None else min(length, size)
+        os.ftruncate(fd, keep)
+        os.lseek(fd, keep, os.SEEK_SET)
+        durable.write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    if new:
+        durable.sync_directory(path.parent)
+    return keep + len(data)
+
+
+def last(path: Path, count: int) -> list[dict[str, object]]:
+    """The last `count` lines that can be read, oldest first."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return list(_readable(lines))[-count:]
+
+
+def _readable(lines: Sequence[bytes]) -> Iterator[dict[str, object]]:
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue  # the cut first line, or damage: a summary goes without it
+        if isinstance(value, dict):
+            yield value

@@ -1,0 +1,201 @@
+"""What readers see: tasks, sessions and health, the same for command and HTTP.
+
+Read-only, and in need of no lock and no running daemon.  Live tasks come from
+the ledger, ended ones from their own directory in the archive, tasks not yet
+taken from the inbox; so no answer depends on how long the history is.
+
+Raises OSError where a file may not be read, LedgerBroken for a newer format.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from codexd import durable, place, session, spool, taskfile
+from codexd.config import Directories
+from codexd.ledger import Follower
+from codexd.model import Event, State, Task, is_id, to_json
+
+LATE = 15.0  # seconds without a heartbeat after which the master counts as down
+_MONTH = re.compile(r"[0-9]{4}-[0-9]{2}", re.ASCII)
+_BEAT_LIMIT = 64 << 10
+
+Json = dict[str, object]
+
+
+class View:
+    """A reader's picture of one root; `refresh` brings it up to date."""
+
+    def __init__(self, dirs: Directories) -> None:
+        self.dirs = dirs
+        self._follower = Follower(dirs.ledger, dirs.checkpoint)
+
+    def refresh(self) -> None:
+        self._follower.refresh()
+
+    def close(self) -> None:
+        self._follower.close()
+
+    # --- tasks ------------------------------------------------------------------
+
+    def task(self, id: str) -> Json | None:
+        """One task as the contract has it, or None if there is none."""
+        if not is_id(id):
+            return None
+        # Between the looks the task may move on from one place to the next,
+        # always in this order: inbox, ledger, archive.  So look twice.
+        for _ in range(2):
+            self.refresh()
+            live = self._follower.book.tasks.get(id)
+            found = to_json(live, None, None) if live else place.status(self.dirs, id)
+            found = found or self._waiting(id)
+            if found:
+                return found
+        return None
+
+    def verdict(self, id: str) -> Event | None:
+        """Why a delivered file did not become a task: rejected, or repeated."""
+        return self._follower.book.verdicts.get(id)
+
+    def accepted(self, id: str) -> bool:
+        """Whether the master has said anything of this task yet."""
+        book = self._follower.book
+        return id in book.tasks or id in book.verdicts or place.known(self.dirs, id)
+
+    def _waiting(self, id: str) -> Json | None:
+        """A task that is still in the inbox: queued, as far as anybody can tell."""
+        for ending in (".md", ".json"):
+            try:
+                data = durable.read(self.dirs.inbox / f"{id}{ending}", 1 << 20)
+                asked = taskfile.parse(f"x{ending}", data, max_bytes=1 << 20)
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError):
+                break  # the master will say what is wrong with it
+            task = Task(
+                id, State.QUEUED, asked.session, asked.priority, f"{id}{ending}",
+                asked.title, asked.key,
+            )  # fmt: skip
+            return to_json(task, None, None)
+        return to_json(Task(id), None, None) if spool.in_inbox(self.dirs, id) else None
+
+    def live(self) -> list[Task]:
+        """Tasks that have not ended, in ledger order."""
+        return list(self._follower.book.tasks.values())
+
+    def short_list(self, state: str | None = None, session: str | None = None) -> list[Json]:
+        """Live tasks, and the last fifty that ended, oldest first."""
+        self.refresh()
+        ended = (place.status(self.dirs, id) for id in list(self._follower.book.recent))
+        both = [*(e for e in ended if e), *(to_json(t, None, None) for t in self.live())]
+        return [_without_answer(t) for t in both if _matches(t, state, session)]
+
+    def page(
+        self, state: str | None, session: str | None, limit: int, cursor: str | None
+    ) -> tuple[list[Json], str | None]:
+        """Tasks from the newest id down, and the cursor of the next page.
+
+        Ids begin with the time of their making, so their order is that of the
+        tasks; `cursor` is the last id of the page before.
+        """
+        self.refresh()
+        found: list[Json] = []
+        for id in self._ids(cursor):
+            live = self._follower.book.tasks.get(id)
+            task = to_json(live, None, None) if live else place.status(self.dirs, id)
+            if task and _matches(task, state, session):
+                found.append(_without_answer(task))
+                if len(found) == limit:
+                    return found, id
+        return found, None
+
+    def _ids(self, below: str | None) -> Iterator[str]:
+        """Every id, newest first, live and archived, one month in memory at a time."""
+        live = sorted(self._follower.book.tasks, reverse=True)
+        by_month: dict[str, set[str]] = {}
+        for id in live:
+            by_month.setdefault(f"{id[:4]}-{id[4:6]}", set()).add(id)
+        try:
+            months = {m for m in os.listdir(self.dirs.archive) if _MONTH.fullmatch(m)}
+        except FileNotFoundError:
+            months = set()
+        for month in sorted(months | by_month.keys(), reverse=True):
+            if below and month > f"{below[:4]}-{below[4:6]}":
+                continue
+            ids = by_month.get(month, set())
+            if month in months:
+                ids |= set(os.listdir(self.dirs.archive / month))
+            yield from (
+                i for i in sorted(ids, reverse=True) if is_id(i) and (not below or i < below)
+            )
+
+    # --- sessions ---------------------------------------------------------------
+
+    def sessions(self) -> list[Json]:
+        return [s for name in session.names(self.dirs.sessions) if (s := self.session(name))]
+
+    def session(self, name: str) -> Json | None:
+        """A session: its thread, its totals, its live tasks; None if there is none."""
+        self.refresh()
+        try:
+            found = session.load(self.dirs.sessions, name)
+        except ValueError:
+            return None
+        live = [t.id for t in self.live() if t.session_name == name]
+        if found.created is None and not live:
+            return None
+        told = asdict(found)
+        for private in ("applied", "transcript", "reported", "used"):
+            del told[private]
+        transcript = self.dirs.transcripts / f"{session.stem(name)}.jsonl"
+        return {**told, "live": live, "transcript": str(transcript) if found.created else None}
+
+    # --- health -------------------------------------------------------------------
+
+    def health(self) -> tuple[bool, Json]:
+        """Whether all is well, and what the master last said of itself.
+
+        `status` is `ok`, `down` (no heartbeat), `trouble`, or the reasons for
+        which the gate is closed.
+        """
+        beat = self._heartbeat()
+        if beat is None:
+            return False, {"status": "down", "message": "the master is not running"}
+        gate = beat.get("gate")
+        closed = sorted(gate) if isinstance(gate, dict) else []
+        said = beat.pop("beat")
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - float(str(said))
+        status = "ok"
+        if not 0 <= age < LATE:
+            status = "down"
+        elif beat.get("trouble"):
+            status = "trouble"
+        elif closed:
+            status = ",".join(closed)
+        inbox = self._inbox_depth()
+        return status == "ok", {"status": status, **beat, "heartbeat_age": round(age, 1), **inbox}
+
+    def _heartbeat(self) -> Json | None:
+        try:
+            return durable.read_json(self.dirs.heartbeat, _BEAT_LIMIT)
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _inbox_depth(self) -> Json:
+        try:
+            names, taken = spool.scan(self.dirs.inbox)
+        except OSError:
+            return {"inbox": None}
+        return {"inbox": len(names) + len(taken)}
+
+
+def _matches(task: Json, state: str | None, session: str | None) -> bool:
+    return (not state or task["state"] == state) and (not session or task["session"] == session)
+
+
+def _without_answer(task: Json) -> Json:
+    return {k: v for k, v in task.items() if k != "answer"}

@@ -1,0 +1,106 @@
+"""The rooms and who may import whom: the table, held against the code."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "codexd"
+
+# Top down: a file may import what stands above it, never what stands below.
+# One line is one layer; files of one layer do not import each other.
+LAYERS = [
+    "outcome",
+    "model clock",
+    "dispatch policy prompt",
+    "durable document lock events",
+    "config quota verdict replies",
+    "codex taskfile terms",
+    "spool place ledger session transcript memory launcher service scripted program",
+    "view gate finish",
+    "report control intake",
+    "worker master http openapi routes",
+    "serve cli",
+    "selftest",
+]
+# A door and what is behind it: a room that became several files.
+ORDER = {name: n for n, line in enumerate(LAYERS) for name in line.split()}
+PURE = ["outcome", "model", "dispatch", "policy", "prompt"]
+LEAN = ["outcome", "clock", "prompt", "durable", "lock", "events", "verdict", "quota", "codex",
+        "memory", "terms", "worker"]  # fmt: skip
+# One home for each third-party package.
+HOMES = {"yaml": "document", "watchdog": "spool", "sdnotify": "service"}
+# Only these speak to a log or a terminal; rooms raise.
+SPEAKERS = {"service", "master", "worker", "http", "serve", "cli", "report", "selftest", "scripted"}
+
+
+def files() -> list[str]:
+    return sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
+
+
+def imports(name: str, *, at_start: bool = False) -> set[str]:
+    """Everything a file imports, as dotted names; `at_start`: not inside functions."""
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    nodes = _top(tree.body) if at_start else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "codexd":
+            found |= {f"codexd.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def _top(body: list[ast.stmt]) -> list[ast.stmt]:
+    """Statements run at import; `if TYPE_CHECKING:` is none of them."""
+    return [n for n in body if not isinstance(n, ast.FunctionDef | ast.ClassDef | ast.If)]
+
+
+def inside(name: str) -> set[str]:
+    found = {i.split(".")[1] for i in imports(name) if i.startswith("codexd.")}
+    return found - {"__version__"}
+
+
+def test_every_file_has_a_place() -> None:
+    assert set(files()) == set(ORDER) & set(files())
+    assert sorted(ORDER) == files()
+
+
+@pytest.mark.parametrize("name", files())
+def test_imports_only_point_up(name: str) -> None:
+    lazy = {("cli", "selftest"), ("selftest", "cli")}  # the verb, and its use of `wait`
+    wrong = {o for o in inside(name) if ORDER[o] >= ORDER[name] and (name, o) not in lazy}
+    assert not wrong, f"{name} must not import {wrong}"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_values_and_rules_touch_nothing(name: str) -> None:
+    allowed = {"re", "enum", "dataclasses", "collections.abc", "__future__", "zlib"}
+    assert {i for i in imports(name) if not i.startswith("codexd")} <= allowed
+
+
+@pytest.mark.parametrize("name", files())
+def test_third_party_packages_have_one_home(name: str) -> None:
+    for package, home in HOMES.items():
+        used = any(i.split(".")[0] == package for i in imports(name))
+        assert used == (name == home), f"{package} belongs into {home} alone"
+
+
+@pytest.mark.parametrize("name", sorted(set(files()) - SPEAKERS))
+def test_rooms_are_silent(name: str) -> None:
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call)
+             and isinstance(n.func, ast.Name)}  # fmt: skip
+    assert "print" not in calls
+    assert "logging" not in imports(name)
+
+
+@pytest.mark.parametrize("name", [n for n in LEAN if n in files()])
+def test_lean_files_import_little(name: str) -> None:
+    costly = {"dataclasses", "typing", "collections.abc", "subprocess", "pathlib", "logging",
+              "argparse", "tempfile", "shutil", "glob", "asyncio", "http.server"}  # fmt: skip
+    assert not imports(name, at_start=True) & costly
