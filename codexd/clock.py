@@ -23,4 +23,6 @@ def epoch(text: str) -> float:
     """Seconds since 1970 of what `stamp` wrote.  Raises ValueError."""
     from calendar import timegm
 
-    return timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")) + float("0" + text[19:-1])
+    # strptime checks the fraction and then drops it.
+    whole = timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ"))
+    return whole + int(text[20:-1].ljust(6, "0")) / 1e6

@@ -49,7 +49,6 @@ __all__ = [
 ]
 
 MINIMUM = (0, 130, 0)  # older ones exit 0 on failure or lose threads silently
-_VERSION_WAIT = 10  # seconds
 _INSTALL = (
     "install it with `pip install openai-codex-cli-bin` or `npm install -g @openai/codex`,"
     " or set codex.bin in codexd.yaml to its path"
@@ -144,8 +143,11 @@ def _names(directory: str, prefix: str) -> list[str]:
         return []  # not this layout
 
 
-def version(binary: str, env: Mapping[str, str]) -> tuple[int, int, int]:
-    """The version of `binary`, asked from it.  Raises Missing or TooOld."""
+def version(binary: str, env: Mapping[str, str], wait: float = 10) -> tuple[int, int, int]:
+    """The version of `binary`, asked from it within `wait` seconds.
+
+    Raises Missing or TooOld.
+    """
     import subprocess
 
     try:
@@ -155,10 +157,10 @@ def version(binary: str, env: Mapping[str, str]) -> tuple[int, int, int]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=_VERSION_WAIT,
+            timeout=wait,
         )
     except subprocess.TimeoutExpired:
-        text = f"{binary} --version did not answer within {_VERSION_WAIT} s"
+        text = f"{binary} --version did not answer within {wait:g} s"
         raise Missing(f"{text}; {_INSTALL}") from None
     except OSError as error:
         raise Missing(f"{binary} cannot be run: {error.strerror}; {_INSTALL}") from error

@@ -339,8 +339,9 @@ def _check(config: Config, doc: Document) -> None:
     """What one value must be because of another."""
     if not any(config.workdir.is_relative_to(root) for root in config.workdirs):
         line = doc.line(("workdir",)) or doc.line(("workdirs",))
-        roots = " or ".join(map(str, config.workdirs)) or "a root in workdirs, which has none"
-        raise DocumentError(f"workdir: found {config.workdir}; allowed: below {roots}", line)
+        roots = " or ".join(repr(str(root)) for root in config.workdirs) or "none: it is empty"
+        found = repr(str(config.workdir))
+        raise DocumentError(f"workdir: found {found}; allowed: below workdirs, {roots}", line)
     if config.retry.cap < config.retry.base:
         reason = f"retry.cap: less than retry.base; allowed: from {config.retry.base:g}s to 24h"
         raise DocumentError(reason, doc.line(("retry", "cap")))

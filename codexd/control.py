@@ -99,9 +99,11 @@ class Controls:
         """The events that a verb means for a live task."""
         now = clock.now()
         if verb == "cancel" and task.state is State.RUNNING:
-            return [] if task.cancel else [Event(now, Kind.CANCEL, task.id, {"cancel": True})]
+            return [] if task.cancel else [Event(now, Kind.STOPPING, task.id, {"cancel": True})]
         if verb == "cancel":
-            facts = {"outcome": Outcome.CANCELLED.value, "message": "cancelled on request"}
+            before = f"; its last attempt said: {task.message}" if task.message else ""
+            text = "cancelled on request" + before
+            facts = {"outcome": Outcome.CANCELLED.value, "message": text}
             return [self.end(task, Kind.CANCELLED, facts)]
         if verb == "hold" and task.state in (State.QUEUED, State.WAITING) and task.reason != "hold":
             return [Event(now, Kind.WAITING, task.id, {"reason": "hold"})]

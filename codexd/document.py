@@ -44,10 +44,7 @@ E = TypeVar("E", bound=StrEnum)
 
 
 class DocumentError(ValueError):
-    """Why a text is no document, or a value not what the schema allows.
-
-    `reason` is one line for a person; `line` counts from 1, None if unknown.
-    """
+    """Why a text is no document or a value not allowed: one line, for a person."""
 
     def __init__(self, reason: str, line: int | None = None) -> None:
         super().__init__(reason, line)
@@ -282,8 +279,12 @@ BOOLEAN = Rule(lambda found: _BOOLEANS.get(found.lower()), "on or off (or true, 
 
 def string(check: Callable[[str], object], allowed: str) -> Rule[str]:
     """A text, quoted or not, for which `check` holds."""
-    forms = (Form.PLAIN, Form.TEXT)
-    return Rule(lambda found: str(found) if found.form in forms and check(found) else None, allowed)
+
+    def read(found: Scalar) -> str | None:
+        usable = found.form in (Form.PLAIN, Form.TEXT) and not _SURROGATE.search(found)
+        return str(found) if usable and check(found) else None
+
+    return Rule(read, allowed)
 
 
 def integer(low: int, high: int) -> Rule[int]:

@@ -1,9 +1,9 @@
 """Files that survive a power cut: whole and new, or as they were.
 
 The one way every room writes a file that somebody else reads: write aside,
-fsync, rename, fsync the directory.  A reader never sees half of it.  Names
-beginning with a dot and ending in `.tmp` are debris of a writer that died; each
-directory is swept by the process that alone writes there.
+fsync, rename, fsync the directory.  A reader never sees half of it.  A name
+`.NAME.PID.tmp` is debris of a writer that died; each directory is swept by the
+process that alone writes there.
 
 May fail with OSError (full disk, lost permission); then the old file stands.
 Lean: the worker uses it.
@@ -12,6 +12,7 @@ Lean: the worker uses it.
 from __future__ import annotations
 
 import os
+import stat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def write_all(fd: int, data: bytes) -> None:
 def write(path: str | os.PathLike[str], data: bytes, mode: int = 0o640) -> None:
     """Replace the file at `path` by `data`, durably and at once."""
     directory, name = os.path.split(os.fspath(path))
-    aside = os.path.join(directory, f".{name[:200]}.{os.getpid()}.tmp")
+    # A name has at most 255 bytes, and a character up to four.
+    aside = os.path.join(directory, f".{name[:60]}.{os.getpid()}.tmp")
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
         try:
@@ -75,9 +77,11 @@ def read(path: str | os.PathLike[str], limit: int) -> bytes:
     """
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise ValueError(f"{os.fspath(path)}: {size} bytes, more than {limit}")
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{os.fspath(path)}: not a regular file")
+        if found.st_size > limit:
+            raise ValueError(f"{os.fspath(path)}: {found.st_size} bytes, more than {limit}")
         parts = []
         while part := os.read(fd, 1 << 20):
             parts.append(part)
@@ -106,5 +110,11 @@ def sweep(directory: str | os.PathLike[str]) -> None:
     """Remove what a dead writer left.  Only for a directory with one writer."""
     with os.scandir(directory) as entries:
         for entry in entries:
-            if entry.name.startswith(".") and entry.name.endswith(".tmp"):
+            if _is_aside(entry.name) and not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.path)
+
+
+def _is_aside(name: str) -> bool:
+    """Whether `write` makes such names; an editor's `.notes.tmp` is not ours."""
+    parts = name.rsplit(".", 2)
+    return name.startswith(".") and parts[-1] == "tmp" and len(parts) == 3 and parts[1].isdigit()

@@ -37,8 +37,10 @@ _CLOSED = rb'(?s)"type":\s*"item\.completed".*?"item":\s*\{\s*"id":\s*"([^"]*)"'
 
 THREAD_PATTERN = r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"
 
-# Items that are no work in progress: a silence during them is a silence.
-_SPOKEN = frozenset({"agent_message", "assistant_message", "reasoning", "todo_list", "plan"})
+# What the model does within its own stream is no work of Codex's: a silence then is
+# a silence.  A plan ends with the turn; a search that a cut stream left never ends.
+_THOUGHT = frozenset({"agent_message", "assistant_message", "reasoning", "todo_list", "plan"})
+_MODELS = _THOUGHT | {"web_search"}
 
 
 def is_thread_id(text: str) -> bool:
@@ -81,7 +83,7 @@ class Reader:
     reconnecting    the message of Codex's own retry, if nothing came after it
     item_errors     warnings that came as items; Codex went on
     items_seen      events about items; 0: the model has done nothing yet
-    open_items      id → activity of work begun and not ended (idle clock off)
+    open_items      id → activity of work begun and not ended
     activity        one line: what Codex is doing
     dialect         "items" (0.47 and later), "experimental" (0.42), "messages"
                     (0.42 and before), None until known
@@ -89,25 +91,10 @@ class Reader:
     """
 
     __slots__ = (
-        "_line",
-        "_size",
-        "activity",
-        "completed",
-        "dialect",
-        "errors",
-        "failed_message",
-        "ignored",
-        "item_errors",
-        "items_seen",
-        "last_error",
-        "message",
-        "open_items",
-        "reconnecting",
-        "skipped",
-        "thread",
-        "turn_started",
-        "usage",
-    )
+        "_line", "_size", "activity", "completed", "dialect", "errors", "failed_message",
+        "ignored", "item_errors", "items_seen", "last_error", "message", "open_items",
+        "reconnecting", "skipped", "thread", "turn_started", "usage",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.thread: str | None = None
@@ -133,6 +120,12 @@ class Reader:
     def rate_limited(self) -> bool:
         """Whether Codex is waiting because the service said "too many requests"."""
         return self.reconnecting is not None and bool(re.search(_TOO_MANY, self.reconnecting))
+
+    @property
+    def busy(self) -> bool:
+        """Whether silence is to be expected: a tool is at work, and Codex is not
+        waiting for the service instead."""
+        return bool(self.open_items) and self.reconnecting is None
 
     @property
     def ended(self) -> bool:
@@ -276,11 +269,8 @@ class Reader:
         self.activity = "answering"
 
     def _open(self, name: str, what: str, item: dict[str, Any]) -> None:
-        if what in _SPOKEN:
-            self.activity = "thinking"
-            return
         self.activity = _doing(what, item)
-        if len(self.open_items) < _OPEN:
+        if what not in _MODELS and len(self.open_items) < _OPEN:
             self.open_items[name] = self.activity
 
     def _close(self, name: str) -> None:
@@ -339,6 +329,8 @@ def _doing(what: str, item: dict[str, Any]) -> str:
         said = f"calling: {as_text(item.get('server'))} {as_text(item.get('tool'))}"
     elif what == "web_search":
         said = "searching: " + as_text(item.get("query"))
+    elif what in _THOUGHT:
+        said = "thinking"
     else:
         said = what.replace("_", " ") or "working"
     return plain(said, _ACTIVITY)

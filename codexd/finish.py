@@ -12,13 +12,13 @@ turn had ended before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from zlib import crc32
 
 from codexd import clock, codex, durable, place, policy, session, transcript
 from codexd.config import Config
-from codexd.model import USAGE_KEYS, Event, Kind, Task, apply, to_json
+from codexd.model import USAGE_KEYS, Event, Kind, State, Task, apply, to_json
 from codexd.outcome import Outcome
 
 _EVENTS_LIMIT = 512 << 20
@@ -55,9 +55,10 @@ class Finished:
 class Finish:
     """Judges attempts and writes what they came to."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, told: Callable[..., None] = lambda *_, **__: None) -> None:
         self.config = config
         self.dirs = config.dirs
+        self.told = told  # the master's log
 
     # --- evidence -------------------------------------------------------------
 
@@ -66,13 +67,19 @@ class Finish:
         try:
             found = place.result(self.dirs, task.id, task.launches)
         except ValueError as damage:
-            return Result(Outcome.UNKNOWN, f"the result is damaged: {damage}", task.thread)
+            text = f"the attempt's result is damaged and was not acted on: {damage}"
+            return Result(Outcome.UNKNOWN, text, task.thread)
         if found is not None:
             return _checked(found, task)
-        if not place.was_started(self.dirs, task.id, task.launches):
+        if not self.began(task.id, task.launches):
             text = "the worker was not started"
             return Result(Outcome.INTERRUPTED, text, task.thread, began=False, ran=False)
         return self._salvage(task)
+
+    def began(self, id: str, number: int) -> bool:
+        """Whether Codex may have run: also if the attempt's directory was lost."""
+        lost = not place.attempt(self.dirs, id, number).is_dir()
+        return lost or place.was_started(self.dirs, id, number)
 
     def _salvage(self, task: Task) -> Result:
         """The worker was killed: what do the events say?"""
@@ -80,8 +87,8 @@ class Finish:
         path = place.attempt(self.dirs, task.id, task.launches) / "events.jsonl"
         try:
             reader.feed(durable.read(path, _EVENTS_LIMIT))
-        except FileNotFoundError:
-            pass  # killed before Codex said anything
+        except (FileNotFoundError, ValueError):
+            pass  # killed before Codex said anything, or not to be read
         reader.finish()
         thread = reader.thread or task.thread
         if reader.completed and reader.message and (not task.thread or task.thread == thread):
@@ -167,25 +174,32 @@ class Finish:
         """The session as its file tells it; a damaged file is kept aside."""
         try:
             return session.load(self.dirs.sessions, name)
-        except ValueError:
-            session.set_aside(self.dirs.sessions, name)
+        except ValueError as damage:
+            kept = session.set_aside(self.dirs.sessions, name)
+            self.told("session.damaged", why=damage, kept=kept, then="it begins a new thread")
             return session.Session(name)
 
     def _said(self, task: Task, found: Result, now: str) -> list[dict[str, object]]:
         key = {"task": task.id, "attempt": task.launches}
         lines: list[dict[str, object]] = []
         if task.launches == 1:
-            text = place.load(self.dirs, task.id).get("request")
-            prompt = text.get("prompt") if isinstance(text, dict) else None
-            lines.append({"ts": task.started, **key, "role": "user", "text": prompt})
+            lines.append({"ts": task.started, **key, "role": "user", "text": self._prompt(task)})
         said = {"ts": now, **key, "role": "assistant", "thread": found.thread}
         if found.outcome is Outcome.DONE:
             return [*lines, {**said, "text": found.answer}]
         failed = {"outcome": found.outcome.value, "error": found.message}
         return [*lines, {**said, "text": found.answer or "", **failed}]
 
+    def _prompt(self, task: Task) -> object:
+        try:
+            request = place.load(self.dirs, task.id).get("request")
+        except (FileNotFoundError, ValueError):
+            return None  # damaged meanwhile: the turn was run all the same
+        return request.get("prompt") if isinstance(request, dict) else None
+
     def conclude(self, task: Task, answer: str | None) -> None:
         """The answer's file and the last word of a task that has ended."""
+        (self.dirs.tasks / task.id).mkdir(mode=0o750, exist_ok=True)  # should it be lost
         name = place.answer_name(task.id, task.file)
         place.write_answer(self.dirs, name, _front(task) + _text(answer).encode("utf-8", "replace"))
         short = (
@@ -193,6 +207,25 @@ class Finish:
         )
         file = str(self.dirs.answers / name)
         place.conclude(self.dirs, task.id, to_json(task, short, file))
+
+
+    def retold(self, task: Task) -> list[Event]:
+        """The end of a live task that lies in the archive already: the ledger's line
+        of it was damaged.  Nothing is run or written again."""
+        if not place.known(self.dirs, task.id):
+            return []
+        try:
+            told = place.status(self.dirs, task.id) or {}
+            kind, outcome = Kind(str(told.get("state"))), Outcome(str(told.get("outcome")))
+        except ValueError as damage:
+            kind, outcome, told = Kind.FAILED, Outcome.UNKNOWN, {"message": str(damage)}
+        now, events = clock.now(), []
+        if kind is Kind.DONE and task.state is State.WAITING:
+            events.append(Event(now, Kind.QUEUED, task.id))
+        if kind is Kind.DONE and task.state is not State.RUNNING:
+            events.append(Event(now, Kind.RUNNING, task.id))
+        facts = {"outcome": outcome.value, "message": told.get("message")}
+        return [*events, Event(now, kind, task.id, facts)]
 
 
 def _sum(before: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:

@@ -7,12 +7,13 @@ So a new daemon sees what the one before left behind, without pids and ages.
 
 Workers end with the daemon: they have the read end of a pipe that only the
 daemon holds open, and stop Codex when it closes.  What does not stop within
-GRACE is killed, found by the very lock it holds.
+`grace` is killed, found by the very lock it holds.
 """
 
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import signal
 import subprocess
@@ -22,8 +23,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from codexd import lock
+from codexd.model import is_id
 
-GRACE = 15.0  # seconds an orphan has to end by itself
 # -I -S: no site-packages, no user site; half of a worker's start-up time.
 _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from codexd.worker import main; main()"
 
@@ -32,6 +33,7 @@ class Processes:
     """Workers as child processes."""
 
     kind = "process"
+    grace = 15.0  # seconds an orphan has to end by itself
 
     def __init__(self, tasks: Path, run: Path) -> None:
         self._tasks = tasks
@@ -39,7 +41,10 @@ class Processes:
         self._locks.mkdir(mode=0o750, exist_ok=True)
         self._alive, self._ours = os.pipe2(os.O_CLOEXEC)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
-        self._orphans = {p.stem: time.monotonic() for p in self._locks.glob("*.lock")}
+        found = (path.stem for path in self._locks.glob("*.lock"))
+        # id -> since when: workers of the daemon before, and what outlived its worker
+        self._orphans = {id: time.monotonic() for id in found if is_id(id)}
+        self._strays: dict[str, float] = {}
 
     def command(self, id: str) -> list[str]:
         package = str(Path(__file__).resolve().parent.parent)
@@ -61,25 +66,41 @@ class Processes:
         finally:
             os.close(fd)
 
-    def active(self) -> set[str]:
-        """Ids of which anything still lives.  Reaps what ended."""
+    def working(self) -> set[str]:
+        """Ids whose worker may still write.  Reaps what ended."""
         for id, child in list(self._children.items()):
             if child.poll() is not None:
                 del self._children[id]
-                self._orphans[id] = time.monotonic() - GRACE
+                self._strays[id] = time.monotonic()
         for id, since in list(self._orphans.items()):
-            if lock.is_held(self._path(id)):
-                if time.monotonic() - since >= GRACE:
-                    self._signal_holders(id, signal.SIGKILL)
-            else:
-                del self._orphans[id]
-                self._path(id).unlink(missing_ok=True)
+            if time.monotonic() - since >= self.grace:
+                self._strays[id] = self._orphans.pop(id)
+            elif not lock.is_held(self._path(id)):
+                self._forget(self._orphans, id)
         return self._children.keys() | self._orphans.keys()
 
-    @property
-    def unsure(self) -> bool:
-        """Whether something lives that tells nobody when it ends."""
-        return bool(self._orphans)
+    def active(self) -> set[str]:
+        """Ids of which anything still lives: also what a worker left behind, which is killed."""
+        working = self.working()
+        for id in list(self._strays):
+            if lock.is_held(self._path(id)):
+                self._signal_holders(id, signal.SIGKILL)
+            else:
+                self._forget(self._strays, id)
+        return working | self._strays.keys()
+
+    def _forget(self, among: dict[str, float], id: str) -> None:
+        del among[id]
+        self._path(id).unlink(missing_ok=True)
+
+    def pause(self, now: float) -> float:
+        """Seconds until a look at what tells nobody when it ends; inf if there is none.
+
+        What was just killed is gone in a moment; what cannot be killed (a process
+        in the kernel) must not cost the processor.
+        """
+        waits = [max(0.005, min(1.0, (now - since) / 2)) for since in self._strays.values()]
+        return min([*waits, *(0.1 for _ in self._orphans), math.inf])
 
     def stop(self, ids: Iterable[str]) -> None:
         """Ask workers to stop Codex and write their result."""
@@ -96,6 +117,7 @@ class Processes:
             self._signal_holders(id, signal.SIGKILL)
             child = self._children.get(id)
             if child:
+                child.kill()  # should it have closed the lock
                 child.wait()
 
     def _path(self, id: str) -> Path:

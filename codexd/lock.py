@@ -14,6 +14,10 @@ import fcntl
 import os
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _RETRY = 0.05  # seconds between tries; flock has no wait with a deadline
 
 
@@ -21,15 +25,14 @@ class Locked(Exception):
     """Somebody else holds it."""
 
 
-def _wait(fd: int, take: object, deadline: float, what: str) -> None:
+def _wait(take: Callable[[], None], deadline: float, what: str) -> None:
     end = time.monotonic() + deadline
     while True:
         try:
-            take(fd)  # type: ignore[operator]
+            take()
             return
-        except (BlockingIOError, PermissionError):
+        except (BlockingIOError, PermissionError):  # fcntl(2): EAGAIN or EACCES
             if time.monotonic() >= end:
-                os.close(fd)
                 raise Locked(what) from None
         time.sleep(_RETRY)
 
@@ -42,7 +45,11 @@ def hold(path: str | os.PathLike[str], deadline: float) -> int:
     few seconds before it believes that the lock is held.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    _wait(fd, lambda d: fcntl.flock(d, fcntl.LOCK_EX | fcntl.LOCK_NB), deadline, os.fspath(path))
+    try:
+        _wait(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB), deadline, os.fspath(path))
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -75,10 +82,10 @@ def hold_thread(home: str, thread: str, deadline: float) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     # 60 bits from the random end of the id: version 7 ids begin with the time.
     offset = int(thread.replace("-", "")[-15:], 16)
-    _wait(
-        fd,
-        lambda d: fcntl.lockf(d, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset),
-        deadline,
-        f"thread {thread}",
-    )
+    take = fcntl.LOCK_EX | fcntl.LOCK_NB
+    try:
+        _wait(lambda: fcntl.lockf(fd, take, 1, offset), deadline, f"thread {thread}")
+    except BaseException:
+        os.close(fd)
+        raise
     return fd

@@ -57,7 +57,7 @@ class Master:
         self.launcher = Processes(self.dirs.tasks, self.dirs.run)
         self.keeper = Keeper(config, self.ledger, self.note)
         self.intake = Intake(config, self.ledger, self.settled)
-        self.finish = Finish(config)
+        self.finish = Finish(config, self.warn)
         self.controls = Controls(config, self.ledger, self.launcher, self.keeper, self.finish)
         self.setpriv = shutil.which("setpriv")
         self.trouble: str | None = None  # what the host refused in the last round
@@ -95,6 +95,8 @@ class Master:
             self.warn("ledger.torn", cut_bytes=self.ledger.torn)
         facts = {"version": __version__, "pid": os.getpid(), "tasks": len(book.tasks)}
         self.record([Event(clock.now(), Note.STARTED, facts=facts)])
+        for task in list(book.tasks.values()) if book.damaged else ():
+            self.record(self.finish.retold(task))
         for id in sorted(p.name for p in self.dirs.tasks.iterdir()):
             if id not in book.tasks:
                 self._tidy(id)
@@ -137,21 +139,32 @@ class Master:
         self.keeper.look(now)
         for event in self.intake.take(names, leftover, now):
             self.say(event)
-        active = self.launcher.active()
-        self.collect(active)
+        self.collect()
         self.awake(now)
-        self.dispatch(active, now)
+        self.dispatch(now)
         self.tend(now)
 
     # --- attempts that ended ------------------------------------------------------
 
-    def collect(self, active: set[str]) -> None:
-        """Judge every attempt of which nothing lives any more."""
+    def collect(self) -> None:
+        """Judge every attempt that has ended.
+
+        With its result, as soon as its worker is gone: Codex ended before that.
+        Without one, only when nothing of it lives: Codex may have outlived it.
+        """
+        working = self.launcher.working()
         running = [t for t in self.ledger.book.tasks.values() if t.state is State.RUNNING]
-        finished = [self.finish.judge(t) for t in running if t.id not in active]
+        ended = [t for t in running if t.id not in working]
+        if not all(map(self._has_result, ended)):
+            alive = self.launcher.active()
+            ended = [t for t in ended if t.id not in alive or self._has_result(t)]
+        finished = [self.finish.judge(t) for t in ended]
         self.record([f.event for f in finished])
         for one in finished:
             self._after(one)
+
+    def _has_result(self, task: Task) -> bool:
+        return (place.attempt(self.dirs, task.id, task.launches) / "result.json").exists()
 
     def _after(self, one: Finished) -> None:
         if one.close:
@@ -166,7 +179,10 @@ class Master:
     def awake(self, now: float) -> None:
         """Tasks whose pause is over go back to the queue."""
         events = []
-        for task in self.ledger.book.tasks.values():
+        tasks = self.ledger.book.tasks
+        for id in [i for i in self._wake_at if i not in tasks or not tasks[i].until]:
+            del self._wake_at[id]  # released, held or cancelled meanwhile
+        for task in tasks.values():
             if task.state is State.WAITING and task.until:
                 if task.id not in self._wake_at:  # we were started meanwhile
                     left = clock.epoch(task.until) - time.time()
@@ -178,8 +194,9 @@ class Master:
 
     # --- attempts that begin --------------------------------------------------------
 
-    def dispatch(self, active: set[str], now: float) -> None:
+    def dispatch(self, now: float) -> None:
         """Start what may start: orders, then the ledger, then the worker."""
+        active = self.launcher.active()
         gate = self.keeper.gate(now)
         chosen = dispatch.ready(self.ledger.book.tasks.values(), gate, self.config.workers, active)
         events = [self._order(task) for task in chosen]
@@ -206,7 +223,9 @@ class Master:
         except (OSError, ValueError, KeyError, TypeError) as damage:
             return self._cannot(task, f"its record tasks/{task.id}/task.json is damaged: {damage}")
         thread = self._thread(task, request)
-        if request.resume is Resume.ALWAYS and thread is None and not task.launches:
+        if request.resume is Resume.ALWAYS and thread is None:
+            if task.reason:  # there was one; this is how it was lost
+                return self._cannot(task, task.message or "", Outcome(task.reason))
             text = f"resume: always, but session {task.session_name} has no thread yet"
             return self._cannot(task, text)
         number = task.launches + 1
@@ -215,8 +234,8 @@ class Master:
         facts = {"launches": number, "attempts": task.attempts + 1, "thread": thread}
         return Event(clock.now(), Kind.RUNNING, task.id, facts)
 
-    def _cannot(self, task: Task, why: str) -> Event:
-        facts = {"outcome": Outcome.CONFIG.value, "message": why}
+    def _cannot(self, task: Task, why: str, outcome: Outcome = Outcome.CONFIG) -> Event:
+        facts = {"outcome": outcome.value, "message": why}
         return self.controls.end(task, Kind.FAILED, facts)
 
     def _thread(self, task: Task, request: Request) -> str | None:
@@ -256,13 +275,14 @@ class Master:
 
     def _preamble(self, task: Task, thread: str | None) -> str:
         """What the model must know before a task that has run already."""
-        begun = any(place.was_started(self.dirs, task.id, n) for n in range(1, task.launches + 1))
+        begun = any(self.finish.began(task.id, n) for n in range(1, task.launches + 1))
         if not begun:
             return ""
         if thread:
             return prompt.RESUMED
         path = self.dirs.transcripts / f"{session.stem(task.session_name)}.jsonl"
-        said = prompt.summary(transcript.last(path, 20), self.config.memory.chars)
+        records = [r for r in transcript.last(path, 20) if not _asked(r, task.id)]
+        said = prompt.summary(records, self.config.memory.chars)
         return f"{prompt.FRESH}\n\n{said}" if said else ""
 
     # --- the rest ---------------------------------------------------------------------
@@ -312,9 +332,8 @@ class Master:
             return 1.0
         if self.intake.more:
             return 0.0
-        if self.launcher.unsure or self.settled.pending(now):
-            return 0.1
-        return min([SCAN, *(at - now for at in self._wake_at.values())])
+        scan = 0.1 if self.settled.pending(now) else SCAN
+        return min([scan, self.launcher.pause(now), *(at - now for at in self._wake_at.values())])
 
     def _stop(self, now: float) -> float:
         """Interrupt the turns, collect them, leave; called until done."""
@@ -329,7 +348,7 @@ class Master:
             active = self.launcher.active()
         if active:
             return 0.1
-        self.collect(active)
+        self.collect()
         self.record([Event(clock.now(), Note.STOPPED)])
         self.ledger.checkpoint()
         raise StopIteration
@@ -339,6 +358,11 @@ def _mapping(value: object) -> dict[str, object]:
     if not isinstance(value, dict):
         raise TypeError("not an object")
     return value
+
+
+def _asked(record: dict[str, object], id: str) -> bool:
+    """Whether a line of the transcript is the task's own prompt, which it says anyway."""
+    return record.get("task") == id and record.get("role") == "user"
 
 
 def _one_line(told: dict[str, object]) -> str:

@@ -47,7 +47,7 @@ class Kind(StrEnum):
 
     QUEUED = "queued"
     RUNNING = "running"
-    CANCEL = "cancel"  # asked for while running; the worker is being stopped
+    STOPPING = "stopping"  # cancelled while running; the worker is being stopped
     WAITING = "waiting"
     DONE = "done"
     FAILED = "failed"
@@ -73,7 +73,7 @@ TRANSITIONS: Mapping[tuple[State | None, Kind], State] = {
     (State.QUEUED, Kind.WAITING): State.WAITING,
     (State.QUEUED, Kind.CANCELLED): State.CANCELLED,
     (State.QUEUED, Kind.FAILED): State.FAILED,
-    (State.RUNNING, Kind.CANCEL): State.RUNNING,
+    (State.RUNNING, Kind.STOPPING): State.RUNNING,
     (State.RUNNING, Kind.QUEUED): State.QUEUED,
     (State.RUNNING, Kind.WAITING): State.WAITING,
     (State.RUNNING, Kind.DONE): State.DONE,
@@ -138,7 +138,7 @@ class Request:
         values: dict[str, object] = {k: v for k, v in data.items() if k in known}
         for name in ("images", "add_dirs"):
             found = values.get(name)
-            values[name] = tuple(found) if isinstance(found, list) else ()
+            values[name] = tuple(found) if isinstance(found, (list, tuple)) else ()
         if values.get("sandbox") is not None:
             values["sandbox"] = Sandbox(str(values["sandbox"]))
         values["resume"] = Resume(str(values.get("resume", "auto")))
@@ -214,8 +214,10 @@ _FACTS = frozenset(f.name for f in fields(Task)) - {"id", "state"}
 def apply(task: Task | None, event: Event) -> Task:
     """The task after `event`.
 
-    Facts are fields of the task: the last value stands.  What only means
-    something while a task waits (until, reason) is cleared by every move.
+    Facts are fields of the task: the last value stands.  A fact of None says
+    nothing, as in the ledger, where it is not written; only `fresh` unsets the
+    thread.  What only means something while a task waits (until, reason) is
+    cleared by every move.
 
     Raises IllegalEvent where TRANSITIONS has no row.
     """
@@ -225,10 +227,13 @@ def apply(task: Task | None, event: Event) -> Task:
     if state is None:
         was = task.state if task else "no task"
         raise IllegalEvent(f"{event.id}: {event.kind} does not follow {was}")
-    facts = {k: v for k, v in event.facts.items() if k in _FACTS}
-    if facts.get("outcome") is not None:
+    if task is None and "file" not in event.facts:
+        # Queued again, but its first line is lost: nobody knows what it asks for.
+        raise IllegalEvent(f"{event.id}: queued before it was accepted")
+    facts = {k: v for k, v in event.facts.items() if k in _FACTS and v is not None}
+    if "outcome" in facts:
         facts["outcome"] = Outcome(str(facts["outcome"]))
-    if event.kind is not Kind.CANCEL:
+    if event.kind is not Kind.STOPPING:
         facts = {"until": None, "reason": None, **facts}
     if event.facts.get("fresh"):
         facts["thread"] = None

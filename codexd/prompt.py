@@ -25,14 +25,26 @@ def build(*, header: str, preamble: str, memory: str, policy: str, message: str)
 
 
 def summary(records: list[dict[str, object]], chars: int) -> str:
-    """The last things said, quoted line by line, at most `chars` characters."""
+    """The last things said, quoted line by line, at most `chars` characters.
+
+    What would not fit is left out, but the last thing said is rather cut: its
+    end stays.  An attempt that failed may have said nothing; it is passed over.
+    """
     said: list[str] = []
     left = chars
     for record in reversed(records):
-        text = str(record.get("text") or "")
-        quoted = "\n".join("> " + line for line in text.splitlines())
-        if not text or len(quoted) + 20 > left:
+        text = str(record.get("text") or "").strip()
+        if not text:
+            continue
+        entry = f"{record.get('role')}:\n{_quoted(text)}\n"
+        if len(entry) > left:
+            if not said and left > 100:
+                said.append(f"{record.get('role')}:\n> [...]\n{_quoted(text)[40 - left :]}\n")
             break
-        left -= len(quoted) + 20
-        said.append(f"{record.get('role')}:\n{quoted}")
-    return "\n".join(reversed(said))
+        left -= len(entry)
+        said.append(entry)
+    return "".join(reversed(said)).rstrip("\n")
+
+
+def _quoted(text: str) -> str:
+    return "\n".join("> " + line for line in text.splitlines())

@@ -47,7 +47,8 @@ def stem(name: str) -> str:
     if text.startswith("."):
         text = "%2E" + text[1:]
     if len(text) > _LONGEST:
-        text = text[: _LONGEST - 33] + "-" + hashlib.sha256(name.encode()).hexdigest()[:32]
+        # "+" is in no quoted name, so a shortened one is never another's whole one.
+        text = text[: _LONGEST - 33] + "+" + hashlib.sha256(name.encode()).hexdigest()[:32]
     return text
 
 
@@ -115,14 +116,15 @@ def add(
 
     Codex reports totals of the thread, so the use is the difference.  Some
     versions report each run by itself: totals that shrink are taken as such.
+    A total that is not reported says nothing.
     """
+    if session.applied == attempt:
+        return session
     same = thread is not None and thread == session.thread
     before = session.reported if same else {}
-    used = {}
-    shrunk = any(reported.get(k, 0) < before.get(k, 0) for k in USAGE_KEYS)
-    for key in USAGE_KEYS:
-        if key in reported:
-            used[key] = reported[key] - (0 if shrunk else before.get(key, 0))
+    if any(reported[k] < before.get(k, 0) for k in reported):
+        before = {}
+    used = {k: reported[k] - before.get(k, 0) for k in USAGE_KEYS if k in reported}
     usage = {k: session.usage.get(k, 0) + used.get(k, 0) for k in USAGE_KEYS}
     return replace(
         session,
@@ -132,18 +134,21 @@ def add(
         applied=attempt,
         usage=usage,
         used=used,
-        reported=dict(reported) or dict(before),
+        reported={**before, **reported},
     )
 
 
 def names(directory: Path) -> list[str]:
     """All sessions, by name.  A damaged file is left out."""
     found = []
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.name.endswith(".json") and not entry.name.startswith("."):
-                try:
-                    found.append(str(durable.read_json(entry.path, _LIMIT)["name"]))
-                except (OSError, ValueError, KeyError):
-                    continue
+    try:
+        files = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []  # no task has run yet
+    for file in files:
+        if file.endswith(".json") and not file.startswith("."):
+            try:
+                found.append(str(durable.read_json(directory / file, _LIMIT)["name"]))
+            except (OSError, ValueError, KeyError):
+                continue
     return sorted(found)

@@ -1,9 +1,9 @@
 """Where the HTTP server listens, and what a client must show there.
 
-`bind` gives the listening sockets: those inherited from systemd's socket
-activation if there are any, else the configured one.  A Unix socket is guarded
-by its mode (0660); over TCP, always on loopback, every request must carry the
-token of http.token_file.
+`bind` listens: on the sockets inherited from systemd's socket activation if
+there are any, else where http.listen says.  A Unix socket is guarded by its
+mode (0660); over TCP, always on loopback, every request must carry the token
+of http.token_file.
 
 The socket file of a server that died is replaced, a live server's is not.
 Raises NoSocket, which has a sentence for the admin and the exit status.
@@ -20,6 +20,7 @@ import socket
 import stat
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from codexd.config import HttpConfig
@@ -40,14 +41,30 @@ class NoSocket(Exception):
         self.status = status
 
 
-def bind(config: HttpConfig, env: MutableMapping[str, str]) -> list[socket.socket]:
-    """The listening sockets; none when HTTP is off.  Takes LISTEN_* out of `env`."""
-    found = _inherited(env)
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Listening sockets, none when HTTP is off.
+
+    `token` is what every request over TCP must carry, `file` the socket file
+    that is ours to remove.
+    """
+
+    listening: list[socket.socket]
+    token: bytes | None = None
+    file: Path | None = None
+
+
+def bind(config: HttpConfig, env: MutableMapping[str, str]) -> Bound:
+    """Listen.  Takes LISTEN_* out of `env`.  Raises NoSocket."""
+    listening = _inherited(env)
     if config.listen is None:
-        return []
-    if not found:
-        found = [_unix(config.listen) if isinstance(config.listen, Path) else _tcp(config.listen)]
-    return found
+        return Bound([])
+    if not listening:
+        if isinstance(config.listen, Path):
+            return Bound([_unix(config.listen)], file=config.listen)
+        listening = [_tcp(config.listen)]
+    over_tcp = not all(map(is_unix, listening))
+    return Bound(listening, token(config.token_file) if over_tcp else None)
 
 
 def is_unix(sock: socket.socket) -> bool:
@@ -128,6 +145,9 @@ def _unix(path: Path) -> socket.socket:
         with _alone(path.parent):
             return _fresh(path)
     except OSError as error:
+        if error.errno is None:  # Python's own check; the kernel would say ENAMETOOLONG
+            why = f"{path} is too long a name for a socket (107 bytes); choose a shorter directory"
+            raise NoSocket(Exit.CONFIGURATION, why) from error
         status = Exit.PERMISSION if error.errno == errno.EACCES else Exit.UNAVAILABLE
         raise NoSocket(status, f"cannot listen on {path}: {error.strerror or error}") from error
 

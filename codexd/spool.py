@@ -25,6 +25,7 @@ import errno
 import fcntl
 import os
 import secrets
+import signal
 import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +33,7 @@ from pathlib import Path
 
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
+from watchdog.observers.api import BaseObserver
 
 from codexd import durable
 from codexd.config import Directories
@@ -105,8 +107,8 @@ def deliver(inbox: Path, name: str, data: bytes) -> None:
 
 def deliver_control(inbox: Path, name: str) -> None:
     """Put an empty control file into the inbox.  Works on a full disk."""
-    fd = os.open(inbox / name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o660)
-    os.close(fd)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    os.close(os.open(inbox / name, flags, 0o660))
 
 
 # --- what is there ----------------------------------------------------------------
@@ -130,8 +132,9 @@ def scan(inbox: Path) -> tuple[list[str], list[str]]:
 class Settled:
     """Which dropped files are complete.
 
-    A file is settled once it was closed by its writer or renamed in (the watch
-    tells), or has not changed for a second and nobody has it open for writing.
+    A file is settled once it was closed by its writer or renamed in: the watch
+    tells, or nobody has it open for writing.  Where that cannot be asked (the
+    file is somebody else's), it has to stay the same for a second.
     """
 
     def __init__(self) -> None:
@@ -154,8 +157,12 @@ class Settled:
         if seen != mark:
             since = now
             self._seen[name] = (now, mark)
-        old = SETTLE < time.time() - found.st_mtime < 10 * 365 * 86400
-        return (old or now - since >= SETTLE) and not _being_written(path)
+        busy = _being_written(path)
+        if busy is None:
+            return now - since >= SETTLE
+        # A file made a moment ago may be about to be opened for writing once more,
+        # but not one with something in it: that was renamed in, or is closed.
+        return not busy and (found.st_size > 0 or now - since >= SETTLE)
 
     def pending(self, now: float) -> bool:
         """Whether a file was still changing a moment ago, so that a look soon pays."""
@@ -172,8 +179,8 @@ class Settled:
         self._seen = {k: v for k, v in self._seen.items() if k in here}
 
 
-def _being_written(path: Path) -> bool:
-    """Whether some process has the file open for writing, as far as can be told.
+def _being_written(path: Path) -> bool | None:
+    """Whether some process has the file open for writing; None if nobody can tell.
 
     A read lease is refused while there is a writer.  It may be asked for by the
     owner of the file only; for the files of others, time has to be enough.
@@ -183,10 +190,13 @@ def _being_written(path: Path) -> bool:
     except OSError:
         return False  # taking it will say what is wrong
     try:
+        # Who opens the file for writing just now makes the kernel send us a signal:
+        # by default SIGIO, which kills; this one is ignored by default.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except OSError as error:
-        return error.errno == errno.EAGAIN
+        return True if error.errno == errno.EAGAIN else None
     finally:
         os.close(fd)
     return False
@@ -218,7 +228,7 @@ class Watch:
     def __init__(self, inbox: Path, settled: Settled, wake: Callable[[], None]) -> None:
         self._inbox = inbox
         self._hints = _Hints(settled, wake)
-        self._observer: object | None = None
+        self._observer: BaseObserver | None = None
         self._inode = 0
         self.problem: str | None = None  # why there are no hints
 
@@ -229,23 +239,35 @@ class Watch:
     def tend(self) -> None:
         """Start the observer, or start it again when it died or the inbox was replaced."""
         inode = os.stat(self._inbox).st_ino
-        observer = self._observer
-        if observer is not None and inode == self._inode and observer.is_alive():  # type: ignore[attr-defined]
+        if inode == self._inode and self._lives():
             return
         self.stop()
-        fresh = Observer()
+        fresh: BaseObserver | None = None
         try:
+            fresh = Observer()
             fresh.schedule(self._hints, str(self._inbox), recursive=False)
             fresh.start()
         except OSError as error:
             self.problem = f"no inotify ({error.strerror}); looking every few seconds"
+            if fresh is not None:
+                fresh.stop()  # newer ones hold a thread from the beginning
             return
         self._observer, self._inode, self.problem = fresh, inode, None
 
+    def _lives(self) -> bool:
+        # A new directory can have the inode number of the one before; the emitter
+        # of the old one has ended then.
+        watcher = self._observer
+        return (
+            watcher is not None
+            and watcher.is_alive()
+            and all(emitter.is_alive() for emitter in watcher.emitters)
+        )
+
     def stop(self) -> None:
         if self._observer is not None:
-            self._observer.stop()  # type: ignore[attr-defined]
-            self._observer.join(2)  # type: ignore[attr-defined]
+            self._observer.stop()
+            self._observer.join(2)
             self._observer = None
 
 
@@ -253,17 +275,22 @@ class Watch:
 
 
 def claim(dirs: Directories, names: Sequence[tuple[str, str]]) -> list[str]:
-    """Take (id, name) pairs out of sight of other programs; the ids that were there.
+    """Take (id, name) pairs out of sight of other programs; the ids taken.
 
-    A file that vanished meanwhile (its dropper thought better of it) is left out.
+    Left out are a file that vanished meanwhile (its dropper thought better of it)
+    and one whose id another file was taken under: it stays where it is.
     """
+    chosen: dict[str, str] = {}
     for id, name in names:
+        if id not in chosen and not os.path.lexists(dirs.inbox / (TAKE + id)):
+            chosen[id] = name
+    for id, name in chosen.items():
         place = dirs.tasks / id
         place.mkdir(mode=_STATE_MODE, exist_ok=True)
         durable.write(place / "name", os.fsencode(name))
     durable.sync_directory(dirs.tasks)
     claimed = []
-    for id, name in names:
+    for id, name in chosen.items():
         try:
             os.rename(dirs.inbox / name, dirs.inbox / (TAKE + id))
             claimed.append(id)
@@ -274,17 +301,32 @@ def claim(dirs: Directories, names: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def dropped_name(dirs: Directories, id: str) -> str:
-    """The name under which a claimed file was dropped."""
-    return os.fsdecode(durable.read(dirs.tasks / id / "name", 4096))
+    """The name under which a claimed file was dropped.
+
+    Anybody who may drop files can make a `.take-ID`, too: without a record it is
+    a file that was dropped as ID.md.
+    """
+    try:
+        return os.fsdecode(durable.read(dirs.tasks / id / "name", 4096))
+    except (FileNotFoundError, ValueError):
+        (dirs.tasks / id).mkdir(mode=_STATE_MODE, exist_ok=True)
+        durable.write(dirs.tasks / id / "name", f"{id}.md".encode())
+        return f"{id}.md"
 
 
 def contents(dirs: Directories, id: str, limit: int) -> bytes:
-    """The bytes of a claimed file, read once.  Raises Unreadable."""
+    """The bytes of a claimed file, read once.
+
+    Raises Unreadable; OSError for what is no fault of the file.
+    """
     path = dirs.inbox / (TAKE + id)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise Unreadable(_why_not_opened(path, error)) from error
+        reason = _why_not_opened(path, error)
+        if reason is None:
+            raise
+        raise Unreadable(reason) from error
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
@@ -310,13 +352,17 @@ _KINDS = {
 }
 
 
-def _why_not_opened(path: Path, error: OSError) -> str:
-    mode = os.lstat(path).st_mode
+def _why_not_opened(path: Path, error: OSError) -> str | None:
+    """What is wrong with the file; None when it is the host that refuses."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return "it vanished while it was being taken"
     if not stat.S_ISREG(mode):
         return f"it is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}"
     if error.errno == errno.EACCES:
         return "codexd may not read it: chmod g+r (or 644) it and drop it again"
-    return f"it cannot be opened: {error.strerror}"
+    return None
 
 
 def drop(dirs: Directories, id: str) -> None:
@@ -325,11 +371,19 @@ def drop(dirs: Directories, id: str) -> None:
 
 
 def discard(dirs: Directories, id: str) -> None:
-    """Remove the directory of an id that never became a task."""
+    """Remove the directory of an id that never became a task.
+
+    Repeatable.  What codexd did not put there stays, and its directory with it.
+    """
     place = dirs.tasks / id
-    for entry in place.iterdir():
-        entry.unlink()
-    place.rmdir()
+    try:
+        durable.sweep(place)
+        for name in ("name", "task.json"):
+            (place / name).unlink(missing_ok=True)
+        place.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EISDIR):
+            raise
 
 
 def refuse(dirs: Directories, id: str, name: str, reason: str) -> str:
@@ -337,17 +391,31 @@ def refuse(dirs: Directories, id: str, name: str, reason: str) -> str:
     kept = name if len(os.fsencode(name)) <= 200 else f"{name[:40]}.{id}"
     if os.path.lexists(dirs.rejected / kept) or os.path.lexists(dirs.rejected / f"{kept}.reason"):
         kept = f"{kept}.{id}"
-    durable.write(dirs.rejected / f"{kept}.reason", f"{reason}\n".encode("utf-8", "replace"))
-    source, target = dirs.inbox / (TAKE + id), dirs.rejected / kept
+    why = dirs.rejected / f"{kept}.reason"
+    durable.write(why, f"{reason}\n".encode("utf-8", "replace"))
+    source = dirs.inbox / (TAKE + id)
     try:
-        # Not rename: see the module's note on watchdog.
-        os.link(source, target, follow_symlinks=False)
-        os.unlink(source)
-    except OSError:
-        os.rename(source, target)
+        _move(source, dirs.rejected / kept)
+    except FileNotFoundError:
+        pass  # its owner removed it: the reason is all there is to keep
+    except PermissionError:
+        # Somebody else's directory can get a new name, but no new place.
+        hidden = dirs.inbox / f".rejected-{id}"
+        os.rename(source, hidden)
+        durable.write(why, f"{reason}\nIt lies in {hidden}\n".encode("utf-8", "replace"))
     durable.sync_directory(dirs.rejected)
     discard(dirs, id)
     return kept
+
+
+def _move(source: Path, target: Path) -> None:
+    try:
+        # Not rename: see the module's note on watchdog.
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        os.rename(source, target)
+    else:
+        os.unlink(source)
 
 
 def wanted_id(name: str) -> str | None:

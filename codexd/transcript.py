@@ -6,7 +6,8 @@ failed `outcome` and `error`.
 
 An append first cuts the file to the length its session remembers: lines of an
 append whose session file was never written are thus replaced, not doubled, and
-a torn tail goes with them.
+a torn tail goes with them.  Where no session remembers (its first attempt, or a
+damaged file), the lines of this very attempt are looked for.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _TAIL = 256 << 10  # bytes read back for a summary
 
 
 def append(path: Path, length: int | None, records: Sequence[Mapping[str, object]]) -> int:
-    """Add records after the first `length` bytes (None: at the end); the new length.
+    """Add the records of one attempt after the first `length` bytes; the new length.
 
-    Durable when it returns.  Raises OSError.
+    None for a length that nobody knows.  Durable when it returns.  Raises OSError.
     """
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     data = text.encode("utf-8", "surrogatepass")
@@ -32,7 +33,7 @@ def append(path: Path, length: int | None, records: Sequence[Mapping[str, object
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
     try:
         size = os.fstat(fd).st_size
-        keep = size if length is None else min(length, size)
+        keep = min(length, size) if length is not None else _end(fd, records)
         os.ftruncate(fd, keep)
         os.lseek(fd, keep, os.SEEK_SET)
         durable.write_all(fd, data)
@@ -42,6 +43,19 @@ def append(path: Path, length: int | None, records: Sequence[Mapping[str, object
     if new:
         durable.sync_directory(path.parent)
     return keep + len(data)
+
+
+def _end(fd: int, records: Sequence[Mapping[str, object]]) -> int:
+    """Where the file ends without a torn tail and without these very records."""
+    mine = [(r.get("task"), r.get("attempt")) for r in records]
+    end = 0
+    with open(fd, "rb", closefd=False) as file:
+        for line in file:
+            said = next(_readable([line]), {})
+            if not line.endswith(b"\n") or (said.get("task"), said.get("attempt")) in mine:
+                break
+            end += len(line)
+    return end
 
 
 def last(path: Path, count: int) -> list[dict[str, object]]:

@@ -203,8 +203,10 @@ def _ended(reader: Reader, status: int, stderr: str) -> tuple[Outcome, str]:
                 return cause, sentence(line)
         if status == _USAGE:
             return Outcome.CONFIG, f"Codex ended with status 2{_evidence(reader, lines)}"
-    if reader.errors and (cause := classify(reader.errors[-1])) is not Outcome.UNKNOWN:
-        return cause, sentence(reader.errors[-1])
+    if reader.errors and not reader.completed:
+        cause = classify(reader.errors[-1])
+        if cause is not Outcome.UNKNOWN:
+            return cause, sentence(reader.errors[-1])
     how = "after the turn completed" if reader.completed else "without completing a turn"
     return Outcome.UNKNOWN, f"Codex ended with status {status} {how}{_evidence(reader, lines)}"
 

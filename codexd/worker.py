@@ -19,7 +19,6 @@ Starts fast: its imports are counted (tests/test_worker.py holds the list).
 from __future__ import annotations
 
 import os
-import select
 import signal
 import stat
 import sys
@@ -27,17 +26,13 @@ import time
 
 from codexd import clock, codex, durable, lock, prompt
 from codexd.outcome import Outcome
+from codexd.turn import Turn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-STEPS = ((signal.SIGINT, 5.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0))
-GRACE = 10.0  # seconds for Codex to exit after turn.completed
 THREAD_WAIT = 5.0  # seconds to wait for another writer of the thread
-STDERR_KEPT = 1 << 20
-EVENTS_KEPT = 256 << 20
-_HEAD = 8192  # bytes of stderr that are looked at
 
 
 class Unfit(Exception):
@@ -189,182 +184,8 @@ class Attempt:
         )
 
 
-class Turn:
-    """Codex running: its process, its two pipes, its clocks."""
-
-    def __init__(self, attempt: Attempt, stdin: int, argv: list[str], env: dict[str, str]) -> None:
-        self.attempt = attempt
-        self.reader = attempt.reader
-        self.stop_reason: str | None = None
-        self.status: int | None = None
-        self.usage: Any = None
-        self.head = b""
-        self._step = 0
-        self._next_step = 0.0
-        self._open(stdin, argv, env)
-        now = time.monotonic()
-        self.deadline = now + float(attempt.orders["timeout"])
-        self.heard = now
-        self.completed_at: float | None = None
-
-    def _open(self, stdin: int, argv: list[str], env: dict[str, str]) -> None:
-        out, child_out = os.pipe2(os.O_CLOEXEC)
-        err, child_err = os.pipe2(os.O_CLOEXEC)
-        if self.attempt.orders.get("setpriv"):
-            # If we are killed, Codex must not go on unseen.
-            argv = [self.attempt.orders["setpriv"], "--pdeathsig", "KILL", "--", *argv]
-        actions = [
-            (os.POSIX_SPAWN_DUP2, stdin, 0),
-            (os.POSIX_SPAWN_DUP2, child_out, 1),
-            (os.POSIX_SPAWN_DUP2, child_err, 2),
-        ]
-        self.pid = os.posix_spawn(
-            argv[0],
-            argv,
-            env,
-            file_actions=actions,
-            setpgroup=0,
-            setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
-        )
-        for fd in (stdin, child_out, child_err):
-            os.close(fd)
-        self._gone = os.pidfd_open(self.pid)
-        self._pipes = {out: self._output, err: self._errors}
-        for fd in self._pipes:
-            os.set_blocking(fd, False)
-        self._events = _Kept(self.attempt.path("events.jsonl"), EVENTS_KEPT)
-        self._stderr = _Kept(self.attempt.path("stderr.txt"), STDERR_KEPT)
-
-    # --- what comes in --------------------------------------------------------
-
-    def _output(self, data: bytes) -> None:
-        self._events.add(data)
-        if self.reader.feed(data):
-            self.heard = time.monotonic()
-        if self.reader.completed and self.completed_at is None:
-            self.completed_at = time.monotonic()
-
-    def _errors(self, data: bytes) -> None:
-        self._stderr.add(data)
-        if len(self.head) < _HEAD:
-            self.head += data[: _HEAD - len(self.head)]
-
-    def _drain(self, fd: int) -> None:
-        """Read what is there now; a grandchild may keep the pipe open for ever."""
-        while True:
-            try:
-                data = os.read(fd, 1 << 16)
-            except BlockingIOError:
-                return
-            if not data:
-                self._pipes.pop(fd)
-                os.close(fd)
-                return
-            sink = self._pipes[fd]
-            sink(data)
-
-    # --- the clocks -----------------------------------------------------------
-
-    def _due(self, now: float) -> str | None:
-        """Why Codex has to be stopped now, if it has to."""
-        if self.completed_at is not None:
-            return "grace" if now >= self.completed_at + GRACE else None
-        if now >= self.deadline:
-            return "timeout"
-        if not self.reader.open_items and now >= self.heard + self.idle:
-            return "stall"
-        return None
-
-    @property
-    def idle(self) -> float:
-        return float(self.attempt.orders["idle_timeout"])
-
-    def _pause(self, now: float) -> float:
-        if self._step:
-            return self._next_step - now
-        if self.completed_at is not None:
-            return self.completed_at + GRACE - now
-        ends = (
-            [self.deadline] if self.reader.open_items else [self.deadline, self.heard + self.idle]
-        )
-        return min(ends) - now
-
-    def stop(self, reason: str) -> None:
-        """Begin to end Codex; more of it is worse, so the first reason stands."""
-        if self.stop_reason is None:
-            self.stop_reason = reason
-            self._escalate()
-
-    def _escalate(self) -> None:
-        number, pause = STEPS[min(self._step, len(STEPS) - 1)]
-        self._step += 1
-        self._next_step = time.monotonic() + pause
-        self.signal(number)
-
-    def signal(self, number: int) -> None:
-        try:
-            os.killpg(self.pid, number)
-        except ProcessLookupError:
-            pass  # it has just ended; wait4 will tell how
-
-    def run(self, wakeup: int, parent: int | None) -> None:
-        """Until Codex is gone and everything it printed is read."""
-        poll = select.poll()
-        for fd in (*self._pipes, self._gone, wakeup):
-            poll.register(fd, select.POLLIN)
-        if parent is not None:
-            poll.register(parent, 0)  # POLLHUP alone
-        while self.status is None:
-            pause = max(0.0, self._pause(time.monotonic()))
-            for fd, _ in poll.poll(pause * 1000 + 1):
-                if fd in self._pipes:
-                    self._drain(fd)
-                    if fd not in self._pipes:
-                        poll.unregister(fd)
-                elif fd == self._gone:
-                    self._reap()
-                else:
-                    poll.unregister(fd)
-                    self.stop("interrupted")
-            self._tick()
-        self.signal(signal.SIGKILL)  # what its tools left running
-        for fd in list(self._pipes):
-            self._drain(fd)
-        self._events.close()
-        self._stderr.close()
-        self.reader.finish()
-
-    def _tick(self) -> None:
-        now = time.monotonic()
-        if self._step and now >= self._next_step:
-            self._escalate()
-        elif not self._step and (reason := self._due(now)):
-            self.stop(reason)
-
-    def _reap(self) -> None:
-        _, status, self.usage = os.wait4(self.pid, 0)
-        self.status = os.waitstatus_to_exitcode(status)
-
-
-class _Kept:
-    """A file that takes at most so many bytes; the rest is counted, not kept."""
-
-    def __init__(self, path: str, limit: int) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
-        self._left = limit
-
-    def add(self, data: bytes) -> None:
-        if self._left > 0:
-            durable.write_all(self._fd, data[: self._left])
-            self._left -= len(data)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-def perform(attempt: Attempt) -> None:
-    """Run Codex once and write the result."""
-    wakeup = _catch_signals()
+def perform(attempt: Attempt, wakeup: int) -> None:
+    """Run Codex once and write the result; a byte in `wakeup` means to stop."""
     try:
         workdir = attempt.below_roots(attempt.orders["workdir"], "/", "workdir")
         if not os.path.isdir(workdir):
@@ -374,8 +195,9 @@ def perform(attempt: Attempt) -> None:
         if attempt.orders["thread"]:
             lock.hold_thread(attempt.orders["home"], attempt.orders["thread"], THREAD_WAIT)
         env = attempt.environment()
-        turn = Turn(attempt, attempt.write_prompt(workdir), argv, env)
-    except Unfit as problem:
+        prompt_file = attempt.write_prompt(workdir)
+        turn = Turn(attempt.place, attempt.reader, attempt.orders, prompt_file, argv, env)
+    except (Unfit, ValueError) as problem:
         attempt.finish(Outcome.CONFIG, str(problem))
     except lock.Locked as held:
         attempt.finish(Outcome.THREAD_BUSY, f"{held} is written by another process")
@@ -392,7 +214,7 @@ def _conclude(attempt: Attempt, turn: Turn) -> None:
     outcome, message = codex.judge(
         attempt.reader,
         exit_status=status,
-        stderr_head=turn.head.decode("utf-8", "replace"),
+        stderr_head=turn.told.decode("utf-8", "replace"),
         requested_thread=attempt.orders["thread"],
         stop_reason=turn.stop_reason,
         answer=answer,
@@ -404,7 +226,7 @@ def _conclude(attempt: Attempt, turn: Turn) -> None:
         answer=answer,
         exit_status=status,
         stop_reason=turn.stop_reason,
-        stderr=turn.head[:2000].decode("utf-8", "replace"),
+        stderr=turn.told[:2000].decode("utf-8", "replace"),
         cost={
             "cpu_seconds": round(spent.ru_utime + spent.ru_stime, 3),
             "memory_peak_bytes": spent.ru_maxrss * 1024,
@@ -434,9 +256,10 @@ def main() -> NoReturn:
     if len(args) != 1 or not args[0].replace("-", "").isalnum():
         print("usage: codexd-worker [--tasks DIRECTORY] ID", file=sys.stderr)
         sys.exit(2)
+    wakeup = _catch_signals()
     attempt = Attempt(tasks, args[0])
     if attempt.mark():
-        perform(attempt)
+        perform(attempt, wakeup)
     # Nothing of the interpreter is worth tearing down: the result is on disk.
     os._exit(0)
 

@@ -147,6 +147,14 @@ def test_what_is_no_usable_codex_says_so(tmp_path: Path, text: str, words: str) 
     assert isinstance(missing.value, codex.TooOld) == ("older" in words)
 
 
+def test_a_version_that_never_comes_is_not_waited_for(tmp_path: Path) -> None:
+    binary = program(tmp_path / "c", "#!/bin/sh\nexec sleep 60\n")
+    began = time.monotonic()
+    with pytest.raises(codex.Missing, match=r"--version did not answer within 0\.2 s"):
+        codex.version(binary, {"PATH": os.environ["PATH"]}, wait=0.2)
+    assert time.monotonic() - began < 10
+
+
 # --- its command line ---------------------------------------------------------
 
 

@@ -49,7 +49,9 @@ def test_yaml_forms_and_nesting() -> None:
 
 
 def test_json_forms() -> None:
-    values = parse_json('{"a": "5", "b": 5, "c": 2.50, "d": true, "e": null, "f": "\\u00e9"}').values
+    values = parse_json(
+        '{"a": "5", "b": 5, "c": 2.50, "d": true, "e": null, "f": "\\u00e9"}'
+    ).values
     assert values == {"a": "5", "b": "5", "c": "2.50", "d": "true", "e": "null", "f": "é"}
     forms = [value.form for value in values.values() if isinstance(value, Scalar)]
     assert forms == [Form.TEXT, Form.NUMBER, Form.NUMBER, Form.BOOLEAN, Form.NULL, Form.TEXT]
@@ -132,7 +134,7 @@ def test_yaml_that_is_refused(text: str, message: str) -> None:
         ('{"a": -Infinity}', "line 1: not valid JSON: -Infinity"),
         ('{"a": "\\ud800"}', "line 1: a text holds half a character (a lone surrogate)"),
         ('{"\\udc00": 1}', "line 1: a text holds half a character (a lone surrogate)"),
-        ('{"a": 1,\n}', "line 1: not valid JSON: "),  # the rest, and the line, are Python's
+        ('{"a": 1,}', "line 1: not valid JSON: "),  # the rest is Python's
         ("{'a': 1}", "line 1: not valid JSON: Expecting property name enclosed in double quotes"),
         ('{"a":\n"x\ny"}', "line 2: not valid JSON: Invalid control character at"),
         ('{"a": 1} {"b": 2}', "line 1: not valid JSON: Extra data"),
@@ -159,13 +161,13 @@ def test_limits() -> None:
     assert parse_yaml("a: [" + "1," * 998 + "]").values
     assert parse_json('{"a":' * 20 + "1" + "}" * 20).values
     for parse in (parse_yaml, parse_json):
-        with pytest.raises(DocumentError, match="^line 1: nested deeper than 20 levels$"):
+        with pytest.raises(DocumentError, match=r"^line 1: nested deeper than 20 levels$"):
             parse('{"a": ' * 21 + "1" + "}" * 21)
-        with pytest.raises(DocumentError, match="^line 2: more than 1000 values$"):
+        with pytest.raises(DocumentError, match=r"^line 2: more than 1000 values$"):
             parse('{"a": [\n' + ",".join("1" * 1000) + "]}")
-        with pytest.raises(DocumentError, match="^line 1: nested deeper than 2 levels$"):
+        with pytest.raises(DocumentError, match=r"^line 1: nested deeper than 2 levels$"):
             parse('{"a": {"b": {}}}', max_depth=2)
-        with pytest.raises(DocumentError, match="^line 1: more than 3 values$"):
+        with pytest.raises(DocumentError, match=r"^line 1: more than 3 values$"):
             parse('{"a": [1, 2, 3]}', max_nodes=3)
 
 
@@ -201,31 +203,28 @@ def test_hostile_texts_are_refused_quickly(text: str) -> None:
 
 def test_a_large_json_string_is_read_quickly() -> None:
     began = time.process_time()
-    text = "a\n\"\\é" * 150_000
+    text = 'a\n"\\é' * 150_000
     assert parse_json(json.dumps({"prompt": text})).values == {"prompt": text}
     assert time.process_time() - began < 2
 
 
-SNIPPETS = st.lists(
-    st.sampled_from(
-        list("{}[]:,-?&*!|>'\"%@`#\\\n\t ~0aeñ\ud800\x00\x85\u2028\ufeff")
-        + ["---", "...", "<<", ": ", "- ", "\\u", "\\ud800", "\\UFFFFFFFF", "true", "null", "NaN"]
-        + ['{"a":', "\r\n", "%YAML 1.1", "%TAG ! x", "!<", "!!int", "1e999", "key: "]
-    )
-).map("".join)
+PIECES = ["---", "...", "<<", ": ", "- ", "\\u", "\\ud800", "\\UFFFFFFFF", "true", "null", "NaN"]
+PIECES += ['{"a":', "\r\n", "%YAML 1.1", "%TAG ! x", "!<", "!!int", "1e999", "key: "]
+PIECES += "{}[]:,-?&*!|>'\"%@`#\\\n\t ~0aeñ\ud800\x00\x85\u2028\ufeff"
+SNIPPETS = st.lists(st.sampled_from(PIECES)).map("".join)
 
 
 @given(st.one_of(st.text(), SNIPPETS))
 def test_any_text_is_a_document_or_a_document_error(text: str) -> None:
     for parse in (parse_yaml, parse_json):
         try:
-            document = parse(text)
+            assert isinstance(parse(text).values, dict)
         except DocumentError as err:
-            assert "\n" not in str(err)
-            assert str(err).isprintable()
-            assert len(str(err)) < 400
+            said = str(err)
         else:
-            assert isinstance(document.values, dict)
+            continue
+        assert said.isprintable(), "one line, nothing raw"
+        assert len(said) < 400
 
 
 TREES = st.recursive(
@@ -345,7 +344,9 @@ def test_sections() -> None:
     assert Fields(document, ["b"], "absent").value("b", 0, integer(0, 99)) == 0
     with pytest.raises(DocumentError, match=r"^line 2: a\.b: found '12'; allowed: a whole number"):
         Fields(document, ["b"], "a").value("b", 0, integer(0, 9))
-    with pytest.raises(DocumentError, match=r"^line 5: list: found a list; allowed: a mapping of b$"):
+    with pytest.raises(
+        DocumentError, match=r"^line 5: list: found a list; allowed: a mapping of b$"
+    ):
         Fields(document, ["b"], "list")
 
 

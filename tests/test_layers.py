@@ -17,7 +17,7 @@ LAYERS = [
     "dispatch policy prompt",
     "durable document lock events",
     "config quota verdict replies",
-    "codex taskfile terms",
+    "codex taskfile turn",
     "spool place ledger session transcript memory launcher service scripted program",
     "view gate finish",
     "report control intake",
@@ -29,7 +29,7 @@ LAYERS = [
 ORDER = {name: n for n, line in enumerate(LAYERS) for name in line.split()}
 PURE = ["outcome", "model", "dispatch", "policy", "prompt"]
 LEAN = ["outcome", "clock", "prompt", "durable", "lock", "events", "verdict", "quota", "codex",
-        "memory", "terms", "worker"]  # fmt: skip
+        "memory", "relevance", "notes", "turn", "worker"]  # fmt: skip
 # One home for each third-party package.
 HOMES = {"yaml": "document", "watchdog": "spool", "sdnotify": "service"}
 # Only these speak to a log or a terminal; rooms raise.

@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from codexd.quota import retry_at
 from tests.recordings import RECORDINGS
 
+# A machine under load is no failure.
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 BERLIN = "CET-1CEST,M3.5.0,M10.5.0/3"
 HIT = "You’ve hit your usage limit. Upgrade to Pro (https://chatgpt.com/explore/pro) or "
 
@@ -103,6 +105,7 @@ def test_the_hour_that_the_summer_skips(monkeypatch: pytest.MonkeyPatch) -> None
     assert retry_at("try again at 3:30 AM", evening) == evening + 3.5 * 3600 + 60
 
 
+@PATIENT
 @given(
     st.sampled_from(["at ", "in ", "on ", "at Sep ", "at Sep 12th, "]),
     st.text("0123456789:., APMapmdhst", max_size=25),

@@ -21,10 +21,10 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from scripted_cases import CaseModel, Codex, directives, finish, payload
 
 from codexd.replies import Turn, call_shell, echo, hang, patch, say
 from codexd.scripted import KEY, ScriptedModel
+from tests.scripted_cases import CaseModel, Codex, directives, finish, payload
 
 
 @pytest.fixture(scope="module")

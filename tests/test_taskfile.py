@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codexd import taskfile
-from codexd.document import parse_json
+from codexd.document import Document, Form, Scalar, parse_json
 from codexd.model import Request, Resume, Sandbox
 from codexd.taskfile import Control, Refused, Verb, control, dump, ignored, parse
 
@@ -131,7 +131,10 @@ def test_defaults_where_a_key_is_null() -> None:
         ("hi".encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
         ("\ufeffhi".encode("utf-16-be"), "the file is UTF-16; save it as UTF-8"),
         ("hi".encode("utf-32"), "the file is UTF-32; save it as UTF-8"),
-        (b"x" * (1 << 20) + b"y", "larger than 1048576 bytes, the limit for a task file (limits.file)"),
+        (
+            b"x" * (1 << 20) + b"y",
+            "larger than 1048576 bytes, the limit for a task file (limits.file)",
+        ),
         (
             b"---\nsession: a\n\nFix it\n",
             "line 1: a first line --- begins front matter, which needs a line --- after it",
@@ -145,9 +148,12 @@ def test_defaults_where_a_key_is_null() -> None:
             b"---\nA rule, not front matter\n---\nx",
             "line 2: found 'A rule, not front matter'; allowed: keys with their values",
         ),
-        (b"---\nprompt: x\n---\ny", "line 2: prompt: not in front matter; the text below it is the prompt"),
+        (
+            b"---\nprompt: x\n---\ny",
+            "line 2: prompt: not in front matter; the text below it is the prompt",
+        ),
     ],
-)  # fmt: skip
+)
 def test_files_that_are_refused(data: bytes, message: str) -> None:
     assert refusal("t.md", data) == message
 
@@ -163,6 +169,8 @@ NAME = "1 to 100 of A-Z a-z 0-9 . _ : / -, not beginning with -"
 PATH = "a path: absolute, relative or ~/..., at most 4096 bytes"
 TIME = "a duration from 1s to 24h, such as 90s, 30m or 2h"
 LONG = "x" * 57
+TEXT = "a text that is not blank"
+RENAME = "rename it to end otherwise"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +190,10 @@ LONG = "x" * 57
         ("workdir: ~root/x", f"workdir: found '~root/x'; allowed: {PATH}"),
         ('workdir: "a\\0b"', rf"workdir: found 'a\x00b'; allowed: {PATH}"),
         ("output_schema: " + "é" * 2049, f"output_schema: found '{'é' * 57}'…; allowed: {PATH}"),
-        ("sandbox: none", "sandbox: found 'none'; allowed: read-only, workspace-write, danger-full-access"),
+        (
+            "sandbox: none",
+            "sandbox: found 'none'; allowed: read-only, workspace-write, danger-full-access",
+        ),
         ("resume: yes", "resume: found 'yes'; allowed: auto, always, never"),
         ("timeout: 12:30:45", f"timeout: found '12:30:45'; allowed: {TIME}"),
         ("timeout: 0.5", f"timeout: found '0.5'; allowed: {TIME}"),
@@ -194,7 +205,10 @@ LONG = "x" * 57
         ("attempts: 0", "attempts: found '0'; allowed: a whole number from 1 to 20"),
         ("memory: maybe", "memory: found 'maybe'; allowed: on or off (or true, false, yes, no)"),
         ("images: a.png", "images: found 'a.png'; allowed: a list of at most 20, such as [a, b]"),
-        ("images: [" + "a," * 21 + "]", "images: found 21 items; allowed: a list of at most 20, such as [a, b]"),
+        (
+            "images: [" + "a," * 21 + "]",
+            "images: found 21 items; allowed: a list of at most 20, such as [a, b]",
+        ),
         ("add_dirs: [a, [b]]", f"add_dirs item 2: found a list; allowed: {PATH}"),
         ("add_dirs: [a, '']", f"add_dirs item 2: found ''; allowed: {PATH}"),
         ("after: x", "after: this version of codexd does not have this key"),
@@ -204,7 +218,7 @@ LONG = "x" * 57
         ("session: *a", "aliases, anchors and tags are not allowed; quote *, & or !"),
         ("session: b", "session: duplicate key, line 2 has it"),
     ],
-)  # fmt: skip
+)
 def test_values_that_are_refused(text: str, message: str) -> None:
     first = "session: a\n" if message.endswith("line 2 has it") else "# a comment\n"
     assert refusal("t.md", f"---\n{first}{text}\n---\nx") == f"line 3: {message}"
@@ -231,17 +245,29 @@ def test_unknown_keys_with_the_nearest_known() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("t.yaml", "session: a\n", "prompt: missing; allowed: a text that is not blank"),
-        ("t.json", "{}", "prompt: missing; allowed: a text that is not blank"),
-        ("t.json", '{"prompt": " "}', "line 1: prompt: found ' '; allowed: a text that is not blank"),
-        ("t.json", '{"prompt": "a\\u0000"}', r"line 1: prompt: found 'a\x00'; allowed: a text that is not blank"),
-        ("t.json", '{"prompt": 5}', "line 1: prompt: found the number 5; allowed: a text that is not blank"),
-        ("t.json", '{"prompt": "x",\n"session": 5}', f"line 2: session: found the number 5; allowed: {LINE}"),
-        ("t.json", '{"prompt": "x", "priority": "5"}', "line 1: priority: found '5'; allowed: a whole number from 0 to 9"),
-        ("t.json", '{"prompt": "x", "timeout": true}', f"line 1: timeout: found true; allowed: {TIME}"),
+        ("t.yaml", "session: a\n", f"prompt: missing; allowed: {TEXT}"),
+        ("t.json", "{}", f"prompt: missing; allowed: {TEXT}"),
+        ("t.json", '{"prompt": " "}', f"line 1: prompt: found ' '; allowed: {TEXT}"),
+        ("t.json", '{"prompt": "a\\u0000"}', rf"line 1: prompt: found 'a\x00'; allowed: {TEXT}"),
+        ("t.json", '{"prompt": 5}', f"line 1: prompt: found the number 5; allowed: {TEXT}"),
+        (
+            "t.json",
+            '{"prompt": "x",\n"session": 5}',
+            f"line 2: session: found the number 5; allowed: {LINE}",
+        ),
+        (
+            "t.json",
+            '{"prompt": "x", "priority": "5"}',
+            "line 1: priority: found '5'; allowed: a whole number from 0 to 9",
+        ),
+        (
+            "t.json",
+            '{"prompt": "x", "timeout": true}',
+            f"line 1: timeout: found true; allowed: {TIME}",
+        ),
         ("t.json", '["prompt"]', "line 1: found a list; allowed: keys with their values"),
     ],
-)  # fmt: skip
+)
 def test_documents_that_are_refused(name: str, text: str, message: str) -> None:
     assert refusal(name, text) == message
 
@@ -266,7 +292,9 @@ def test_the_schema_reads_yaml_not_yaml_itself() -> None:
     text = b"---\nsession: no\ntitle: 2026-11-23\nkey: 0x10\nmodel: 1e3\n---\nx"
     asked = Request("x", session="no", title="2026-11-23", key="0x10", model="1e3")
     assert parse("t.md", text) == asked
-    assert parse("t.md", "---\nsession: 'پروژه\u200cها'\n---\nx".encode()).session == "پروژه\u200cها"
+    assert (
+        parse("t.md", "---\nsession: 'پروژه\u200cها'\n---\nx".encode()).session == "پروژه\u200cها"
+    )
 
 
 def test_from_mapping() -> None:
@@ -275,6 +303,14 @@ def test_from_mapping() -> None:
     )
     with pytest.raises(Refused, match=r"^line 1: priority: found the number 99; allowed"):
         taskfile.from_mapping(parse_json('{"prompt": "x", "priority": 99}'))
+
+
+@pytest.mark.parametrize("key", ["prompt", "session", "workdir", "images", "model"])
+def test_a_mapping_made_by_hand_may_not_hold_half_characters(key: str) -> None:
+    half = Scalar("a\udcff", Form.TEXT)  # as sys.argv has it for bytes that are not UTF-8
+    values = {"prompt": Scalar("x", Form.TEXT), key: [half] if key == "images" else half}
+    with pytest.raises(Refused, match=rf"^{key}.*: found 'a\\udcff'; allowed: "):
+        taskfile.from_mapping(Document(values))
 
 
 # --- dump and arbitrary input ---------------------------------------------------
@@ -345,11 +381,13 @@ def test_any_bytes_are_a_request_or_refused(name: str, data: bytes) -> None:
     try:
         request = parse(name, data)
     except Refused as err:
-        assert "\n" not in str(err)
-        assert len(str(err)) < 600
+        said = str(err)
     else:
         assert request.prompt.strip()
         assert parse("x.json", dump(request)) == request
+        return
+    assert said.isprintable(), "one line, nothing raw"
+    assert len(said) < 600
 
 
 # --- names ---------------------------------------------------------------------
@@ -357,9 +395,19 @@ def test_any_bytes_are_a_request_or_refused(name: str, data: bytes) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [".hidden", ".take-x", "a.tmp", "a.part", "a.md~", ".a.md.swp", "a.swp", "a.filepart",
-     "a.crdownload", "A.TMP"],
-)  # fmt: skip
+    [
+        ".hidden",
+        ".take-x",
+        "a.tmp",
+        "a.part",
+        "a.md~",
+        ".a.md.swp",
+        "a.swp",
+        "a.filepart",
+        "a.crdownload",
+        "A.TMP",
+    ],
+)
 def test_ignored(name: str) -> None:
     assert ignored(name)
 
@@ -392,9 +440,20 @@ def test_control_files(name: str, verb: Verb, target: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["fix.md", "cancel", "hold", ".cancel", f"{ID}.md", f"{ID}.later", f"{ID}.CANCEL", ID,
-     "notes.drain", "all.md", "x.reset.md"],
-)  # fmt: skip
+    [
+        "fix.md",
+        "cancel",
+        "hold",
+        ".cancel",
+        f"{ID}.md",
+        f"{ID}.later",
+        f"{ID}.CANCEL",
+        ID,
+        "notes.drain",
+        "all.md",
+        "x.reset.md",
+    ],
+)
 def test_other_names_are_no_control_files(name: str) -> None:
     assert control(name) is None
 
@@ -404,9 +463,9 @@ def test_other_names_are_no_control_files(name: str) -> None:
     [
         ("all.drain", "all.drain: this version of codexd does not have it"),
         ("all.compact", "all.compact: this version of codexd does not have it"),
-        ("all.cancel", "'all.cancel' ends like a control file (ID.cancel); rename it to end otherwise"),
-        ("fix.hold", "'fix.hold' ends like a control file (ID.hold or all.hold); rename it to end otherwise"),
-        ("\x1b.retry", r"'\x1b.retry' ends like a control file (ID.retry); rename it to end otherwise"),
+        ("all.cancel", f"'all.cancel' ends like a control file (ID.cancel); {RENAME}"),
+        ("fix.hold", f"'fix.hold' ends like a control file (ID.hold or all.hold); {RENAME}"),
+        ("\x1b.retry", rf"'\x1b.retry' ends like a control file (ID.retry); {RENAME}"),
         ("100%.reset", "'100%': '%' is no percent-encoding; write % as %25"),
         ("a%zzb.reset", "'a%zzb': '%zz' is no percent-encoding; write % as %25"),
         ("%ff.reset", "'%ff' is not percent-encoded UTF-8"),
@@ -415,7 +474,7 @@ def test_other_names_are_no_control_files(name: str) -> None:
         ("\udcff.reset", rf"'\udcff' is no session's name; allowed: {LINE}"),
         ("x" * 201 + ".reset", f"'{LONG}'… is no session's name; allowed: {LINE}"),
     ],
-)  # fmt: skip
+)
 def test_control_files_that_are_refused(name: str, message: str) -> None:
     with pytest.raises(Refused) as caught:
         control(name)
@@ -435,6 +494,8 @@ def test_any_name_is_answered(name: str) -> None:
     try:
         found = control(name)
     except Refused as err:
-        assert "\n" not in str(err)
+        said = str(err)
     else:
         assert found is None or found.target
+        return
+    assert said.isprintable()

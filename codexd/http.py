@@ -1,0 +1,308 @@
+"""codexd-http: the HTTP interface, for programs that have no file manager.
+
+Listens on a Unix socket, whose mode decides who may connect, or on loopback
+with a token.  Submits, cancels and answers questions; it owns nothing but its
+socket, holds no state, and can be killed and started at any time.
+
+Promises: a client that is slow, silent, hostile or gone harms only itself.
+One loop serves all connections and costs nothing while nothing happens; a
+request is read under one deadline, by nobody's thread, and only a whole one is
+worked on.  When there are too many connections, the one that has been waiting
+longest without a whole request is closed, so there is always room for the next.
+
+May fail at its start: no socket (69), no permission (77), a token that is
+missing or no secret (78).  Prints one line when it listens:
+`listening unix:/PATH` or `listening http://127.0.0.1:PORT`.
+
+Start it as a module or a program, never by its path: the directory of this
+file has an `http` that is not the standard library's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+import struct
+import sys
+import traceback
+from asyncio import StreamReader, StreamWriter
+
+from codexd import sockets
+from codexd.api import Api
+from codexd.config import Config, ConfigError
+from codexd.framing import CONTINUE, RETRY, Head, Problem, Reply, render, take
+from codexd.program import Exit, load, options
+from codexd.routes import Call, admit
+from codexd.service import Level, Service
+
+DEADLINE = 15.0  # seconds to send a request, and again to take its reply
+CONNECTIONS = 256
+GRACE = 3.0  # seconds for replies that are on their way when we are told to stop
+_CHUNK = 64 << 10
+_LINGER = 2.0  # seconds, and
+_LINGER_BYTES = 8 << 20  # to read on, so that an early reply is not lost to a reset
+
+
+class Gone(Exception):
+    """The client has closed its side; nobody waits for a reply."""
+
+
+class Link:
+    """One connection."""
+
+    def __init__(self, reader: StreamReader, writer: StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.buffer = bytearray()  # what was received and not yet understood
+        sock = writer.get_extra_info("socket")
+        self.local = sock.family == socket.AF_UNIX
+        self.uid = _peer(sock) if self.local else None
+        writer.transport.set_write_buffer_limits(high=0)  # drain() means: the kernel has it
+
+    async def fill(self) -> None:
+        """Receive more.  Raises Gone."""
+        chunk = await self.reader.read(_CHUNK)
+        if not chunk:
+            raise Gone
+        self.buffer += chunk
+
+    async def send(self, data: bytes) -> None:
+        """Raises TimeoutError when the client does not take it, OSError when it is gone."""
+        self.writer.write(data)
+        async with asyncio.timeout(DEADLINE):
+            await self.writer.drain()
+
+    def abort(self) -> None:
+        self.writer.transport.abort()
+
+
+def _peer(sock: socket.socket) -> int:
+    """The user at the other end of a Unix socket."""
+    found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", found)[1])
+
+
+class Server:
+    """Talks with clients; what they ask for is the Api's."""
+
+    def __init__(self, api: Api, service: Service, token: bytes | None) -> None:
+        self.api = api
+        self.service = service
+        self.token = token
+        self._stop = asyncio.Event()
+        self._links: dict[Link, asyncio.Task[None]] = {}
+        self._unready: dict[Link, None] = {}  # those we wait for; the longest first
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def serve(self, bound: sockets.Bound) -> None:
+        """Serve until `stop`; then answer whoever waits, and leave within GRACE."""
+        servers = [
+            await asyncio.start_server(self._accept, sock=sock, backlog=sockets.BACKLOG)
+            for sock in bound.listening
+        ]
+        await self._stop.wait()
+        if bound.file:
+            bound.file.unlink(missing_ok=True)  # while we listen nobody else's can be there
+        for server in servers:
+            server.close()
+        self.api.stopping = True
+        for link in list(self._unready):
+            link.abort()
+        if self._links:
+            await asyncio.wait(self._links.values(), timeout=GRACE)
+        for link in list(self._links):
+            link.abort()
+
+    # --- connections ----------------------------------------------------------------
+
+    def _accept(self, reader: StreamReader, writer: StreamWriter) -> None:
+        link = Link(reader, writer)
+        welcome = len(self._links) < CONNECTIONS or self._made_room()
+        task = asyncio.get_running_loop().create_task(self._serve(link, welcome))
+        self._links[link] = task
+        self._unready[link] = None
+        task.add_done_callback(lambda _done: self._links.pop(link, None))
+
+    def _made_room(self) -> bool:
+        """Close the connection that has kept us waiting longest, if there is one.
+
+        For a request, or for its reply to be taken; never one that we work for.
+        """
+        oldest = next(iter(self._unready), None)
+        if oldest is None:
+            return False
+        del self._unready[oldest]
+        del self._links[oldest]
+        oldest.abort()
+        return True
+
+    async def _serve(self, link: Link, welcome: bool) -> None:
+        """Everything about one connection."""
+        try:
+            if not welcome:
+                busy = Problem(503, "busy", "too many connections; try again later", RETRY)
+                await self._reply(link, None, busy.reply, keep=False)
+            while welcome and await self._exchange(link):
+                pass
+            await self._linger(link)
+        except (Gone, TimeoutError, OSError):
+            pass  # the client went, or would go on for ever: there is nobody to tell
+        finally:
+            self._unready.pop(link, None)
+            link.abort()
+
+    async def _exchange(self, link: Link) -> bool:
+        """One request and its reply; whether another may follow.
+
+        None may where the request was not read to its end.
+        """
+        head: Head | None = None
+        keep = False
+        try:
+            head, call, body = await self._receive(link)
+            answer = await self._do(call, body)
+            keep = head.keep and not self._stop.is_set()
+        except Problem as problem:
+            answer = problem.reply
+        await self._reply(link, head, answer, keep)
+        return keep
+
+    async def _do(self, call: Call, body: bytes) -> Reply:
+        """The Api's answer; for a bug of ours a short sentence, and the rest to the log."""
+        try:
+            return await self.api.answer(call, body)
+        except Problem as problem:
+            return problem.reply
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            at = f"{where.filename}:{where.lineno}"
+            path = call.head.path[:200]
+            self.service.log(Level.ERROR, "http.failed", path=path, error=repr(error), at=at)
+            return Problem(500, "internal", "codexd failed; its log says how").reply
+
+    # --- one request --------------------------------------------------------------------
+
+    async def _receive(self, link: Link) -> tuple[Head, Call, bytes]:
+        """A whole request, and what it asks for.  Raises Problem, Gone."""
+        self._unready[link] = None
+        begun = False
+        try:
+            async with asyncio.timeout(DEADLINE):
+                while (head := take(link.buffer)) is None:
+                    await link.fill()
+                    begun = True
+                call = admit(head, None if link.local else self.token)
+                body = await self._body(link, head)
+        except TimeoutError:
+            if not begun:
+                raise Gone from None  # it was only kept open
+            slow = f"the request was not complete within {DEADLINE:g} s"
+            raise Problem(408, "slow", slow) from None
+        finally:
+            self._unready.pop(link, None)
+        return head, call, body
+
+    async def _body(self, link: Link, head: Head) -> bytes:
+        if "expect" in head.fields and len(link.buffer) < head.length:
+            await link.send(CONTINUE)
+        while len(link.buffer) < head.length:
+            await link.fill()
+        body = bytes(link.buffer[: head.length])
+        del link.buffer[: head.length]
+        return body
+
+    async def _reply(self, link: Link, head: Head | None, answer: Reply, keep: bool) -> None:
+        self.api.counts[answer.status] += 1
+        if head and head.method == "POST":
+            about = {"path": head.path[:200], "status": answer.status, "uid": link.uid}
+            self.service.log(Level.INFO, "http.post", **about)
+        self._unready[link] = None  # who does not take a reply makes room as well
+        await link.send(render(answer, keep=keep, body=not head or head.method != "HEAD"))
+        self._unready.pop(link, None)
+
+    async def _linger(self, link: Link) -> None:
+        """Read what is still coming: closing before would reset the reply away."""
+        self._unready[link] = None
+        link.writer.write_eof()
+        left = _LINGER_BYTES
+        async with asyncio.timeout(_LINGER):
+            while left > 0 and (chunk := await link.reader.read(_CHUNK)):
+                left -= len(chunk)
+
+
+# --- the program ------------------------------------------------------------------------
+
+
+async def _run(config: Config, service: Service, bound: sockets.Bound) -> None:
+    """Serve until we are told to stop, or our parent is gone."""
+    api = Api(config)
+    server = Server(api, service, bound.token)
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _loop, about: _told(service, about))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.stop)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `codexd serve`: stay when a terminal goes
+    if _has_parent():
+        loop.add_reader(0, _listen_to_parent, server)
+    watchdog = loop.create_task(_pat(service))
+    service.ready()
+    addresses = " ".join(sockets.address(sock) for sock in bound.listening)
+    service.status(f"listening on {addresses}")
+    print(f"listening {addresses}", flush=True)
+    await server.serve(bound)
+    service.notify("STOPPING=1")
+    watchdog.cancel()
+    api.close()
+
+
+def _has_parent() -> bool:
+    """Whether standard input is the pipe that `codexd serve` holds open."""
+    try:
+        return stat.S_ISFIFO(os.fstat(0).st_mode)
+    except OSError:
+        return False  # closed
+
+
+def _listen_to_parent(server: Server) -> None:
+    if not os.read(0, 4096):
+        asyncio.get_running_loop().remove_reader(0)
+        server.stop()
+
+
+async def _pat(service: Service) -> None:
+    """Tell the manager that the loop turns, as often as its watchdog wants."""
+    while limit := int(os.environ.get("WATCHDOG_USEC", 0)):
+        service.notify("WATCHDOG=1")
+        await asyncio.sleep(limit / 2e6)
+
+
+def _told(service: Service, about: dict[str, object]) -> None:
+    service.log(Level.ERROR, "http.loop", what=about.get("message"), error=about.get("exception"))
+
+
+def main() -> None:
+    args = options("codexd-http", "the HTTP interface of codexd").parse_args()
+    service = Service("codexd-http")
+    try:
+        config = load(args)
+        bound = sockets.bind(config.http, os.environ)
+    except ConfigError as error:
+        service.log(Level.ERROR, "configuration", why=str(error))
+        sys.exit(Exit.CONFIGURATION)
+    except sockets.NoSocket as problem:
+        service.log(Level.ERROR, "cannot.listen", why=str(problem))
+        sys.exit(problem.status)
+    if bound.listening:
+        asyncio.run(_run(config, service, bound))
+    else:
+        service.log(Level.INFO, "http.off", why="http.listen is off")
+    sys.exit(Exit.DONE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Notes on disk: which files hold which terms, and their bytes.  Reads only.
+
+`scan` asks rg, else grep, else looks itself; all three search the same bytes
+of the same files for the same runs, so they count the same.  The text is never
+on a command line, no configuration of rg's is read, nothing is inherited but
+a directory.  `read` gives a note as UTF-8 and opens nothing but a regular file
+that is where it seems to be: a link planted below a root leads nowhere.
+
+Roots come from `roots`: real paths, none outside what was asked for.  What
+cannot be searched or read is appended to `problems`, in words for a person.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import select
+import signal
+import stat
+import sys
+from collections import Counter
+from time import monotonic
+
+from codexd.relevance import BOMS, UTF16
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from codexd.relevance import Query
+
+LARGEST = 2 << 20  # bytes; a larger file is not a note
+OUTPUT = 64 << 20  # bytes a scanner may print
+BATCH = 256  # names in one command, each up to 4 KiB
+_SEARCHED = re.compile(rb"\n(\d+) files searched\n(?:.*\n)*?(\d+) bytes searched\n")
+# A byte that cannot be in a run becomes a space.
+_RUNS = bytes(b if b > 127 or b == 95 or chr(b).isalnum() else 32 for b in range(256))
+
+
+class ScanError(Exception):
+    """A scanner cannot be run, or says something else than expected."""
+
+
+class Scan:
+    """Term counts of each matching file by its real path; files and bytes searched."""
+
+    __slots__ = ("files", "size", "tallies")
+
+    def __init__(self) -> None:
+        self.tallies: dict[str, Mapping[str, int]] = {}
+        self.files = self.size = 0
+
+    def add(self, query: Query, path: str, runs: Mapping[bytes, int]) -> None:
+        """Count a file's terms from its runs."""
+        tally: dict[str, int] = {}
+        for run, n in runs.items():
+            for term in query.runs[run]:
+                tally[term] = tally.get(term, 0) + n
+        if UTF16 in tally:  # which no scanner can read
+            try:
+                tally = query.runs.count(read(path))
+            except OSError:
+                return  # gone meanwhile; were it there, ranking would meet it again
+        if tally:
+            self.tallies[path] = tally
+
+
+def roots(paths: Sequence[str], base: str, problems: list[str]) -> list[str]:
+    """The real paths of what there is to search, none below another.
+
+    A relative path must lead to somewhere below `base`, a real path: what
+    stands there is not the administrator's, and may be a link.
+    """
+    found = set()
+    for path in paths:
+        real = os.path.realpath(os.path.join(base, path))
+        try:
+            status = os.stat(real)
+        except FileNotFoundError:
+            continue
+        except OSError as err:
+            problems.append(f"{path}: {err.strerror}")
+            continue
+        if not os.path.isabs(path) and not below(real, base):
+            problems.append(f"{path} leads out of {base}: give its absolute path")
+        elif stat.S_ISREG(status.st_mode) and status.st_size > LARGEST:
+            problems.append(f"{path} is larger than {LARGEST >> 20} MiB: split it")
+        elif stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
+            found.add(real)
+    return sorted(r for r in found if not any(below(r, o) for o in found if o != r))
+
+
+def below(path: str, base: str) -> bool:
+    return path == base or path.startswith(base.rstrip("/") + "/")
+
+
+def scan(
+    query: Query, where: list[str], until: float, tool: str, rg: str | None, problems: list[str]
+) -> tuple[str, Scan]:
+    """The first tool that works and its counts; "none" if there is none.
+
+    Raises TimeoutError at `until`, by the monotonic clock.
+    """
+    tools: dict[str, Callable[[], Scan]] = {
+        "rg": lambda: _rg(query, where, until, rg, problems),
+        "grep": lambda: _grep(query, where, until, problems),
+        "python": lambda: _python(query, where, until, problems),
+    }
+    for name in tools if tool == "auto" else (tool,):
+        try:
+            return name, tools[name]()
+        except ScanError as err:
+            if tool != "auto":
+                problems.append(str(err))
+    return "none", Scan()
+
+
+def _rg(query: Query, where: list[str], until: float, rg: str | None, problems: list[str]) -> Scan:
+    # -uuu: also what .gitignore and a leading dot hide.  -E none: bytes as they are.
+    # fmt: off
+    argv = [
+        rg or _program("rg"), "--no-config", "-uuu", "-g", "*.md", "--max-filesize", str(LARGEST),
+        "-a", "-E", "none", "-o", "-N", "--heading", "--null", "--stats", "--color", "never",
+        "-f", "-", "--", *where,
+    ]
+    # fmt: on
+    literals = "|".join(map(_escaped, query.literals))
+    pattern = f"(?i-u)(?:{literals})[\\w\\x80-\\xff]*"
+    out, said = _child(argv, pattern.encode(), until)
+    found = Scan()
+    # PATH NUL run LF run LF LF PATH NUL …: no run is empty, so any name can be told from them.
+    name, *chunks = out.split(b"\0")
+    for chunk in chunks:
+        runs, _, rest = chunk.partition(b"\n\n")
+        found.add(query, os.fsdecode(name), Counter(runs.split(b"\n")))
+        name = rest
+    searched = _SEARCHED.search(b"\n" + name)
+    if searched is None:
+        raise ScanError(f"{argv[0]}: {_first(said) or 'no statistics in its output'}")
+    found.files, found.size = int(searched[1]), int(searched[2])
+    if said:
+        problems.append(_first(said))
+    return found
+
+
+def _escaped(literal: bytes) -> str:
+    return "".join(chr(b) if b < 128 else f"\\x{b:02x}" for b in literal)
+
+
+def _grep(query: Query, where: list[str], until: float, problems: list[str]) -> Scan:
+    # In the C locale a byte is a character, and -i means ASCII letters.
+    pattern = b"(" + b"|".join(query.literals) + b")[[:alnum:]_\x80-\xff]*\n"
+    argv = [_program("grep"), "-aioEHZ", "-D", "skip", "-d", "skip", "-f", "-", "--"]
+    found = Scan()
+    runs: dict[bytes, list[bytes]] = {}
+    names = list(_walk(where, found, until, problems))
+    for i in range(0, len(names), BATCH):
+        out, said = _child([*argv, *names[i : i + BATCH]], pattern, until)
+        if said:
+            problems.append(_first(said))
+        name, *chunks = out.split(b"\0")  # PATH NUL run LF PATH NUL run LF …
+        for chunk in chunks:
+            run, _, rest = chunk.partition(b"\n")
+            runs.setdefault(name, []).append(run)
+            name = rest
+    for path, held in runs.items():
+        found.add(query, os.fsdecode(path), Counter(held))
+    return found
+
+
+def _python(query: Query, where: list[str], until: float, problems: list[str]) -> Scan:
+    found = Scan()
+    tails: dict[bytes, bytes] = {}  # a word → what a scanner would print of it
+    for path in _walk(where, found, until, problems):
+        try:
+            note = _bytes(path)
+        except OSError as err:
+            problems.append(_why(err))
+            continue
+        runs: Counter[bytes] = Counter()
+        for word, n in Counter(note.translate(_RUNS).split()).items():
+            tail = tails.get(word)
+            if tail is None:
+                at = query.pattern.search(word)
+                tail = tails[word] = word[at.start() :] if at else b""
+            if tail:
+                runs[tail] += n
+        found.add(query, path, runs)
+    return found
+
+
+def _walk(where: list[str], found: Scan, until: float, problems: list[str]) -> Iterator[str]:
+    """Every note, counted in `found`; links are not followed.  Raises TimeoutError."""
+    waiting = list(where)
+    while waiting:
+        path = waiting.pop()
+        try:
+            directories, notes = _listed(path) if os.path.isdir(path) else ([], [path])
+        except OSError as err:
+            problems.append(_why(err))
+            continue
+        waiting += directories
+        for note in notes:
+            if monotonic() > until:
+                raise TimeoutError
+            try:
+                size = os.lstat(note).st_size
+            except FileNotFoundError:
+                continue
+            if size <= LARGEST:
+                found.files += 1
+                found.size += size
+                yield note
+
+
+def _listed(directory: str) -> tuple[list[str], list[str]]:
+    directories, notes = [], []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                directories.append(entry.path)
+            elif entry.name.endswith(".md") and entry.is_file(follow_symlinks=False):
+                notes.append(entry.path)
+    return directories, notes
+
+
+def _program(name: str) -> str:
+    """Where a program is: on PATH; rg also where the codex wheel brings it.
+
+    Raises ScanError.
+    """
+    places = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if name == "rg":
+        places += [os.path.join(place, "codex_cli_bin", "codex-path") for place in sys.path]
+    for place in places:
+        path = os.path.join(place, name)
+        if os.path.isabs(path) and os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    raise ScanError(f"{name}: not found")
+
+
+def _child(argv: list[str], given: bytes, until: float) -> tuple[bytes, bytes]:
+    """What a program prints on stdout and stderr, given `given` on stdin.
+
+    Its exit status tells nothing more: 1 is no match, 2 an error beside useful
+    output.  Raises TimeoutError after killing it, ScanError if it cannot start.
+    """
+    stdin = os.memfd_create("pattern")  # a pipe could fill up before anybody reads
+    out, err = os.pipe(), os.pipe()
+    actions = [(os.POSIX_SPAWN_DUP2, fd, n) for n, fd in enumerate((stdin, out[1], err[1]))]
+    try:
+        os.write(stdin, given)
+        os.lseek(stdin, 0, os.SEEK_SET)
+        pid = os.posix_spawn(
+            argv[0], argv, {"LC_ALL": "C"}, file_actions=actions, setsigdef=[signal.SIGPIPE]
+        )
+    except OSError as why:
+        os.close(out[0])
+        os.close(err[0])
+        raise ScanError(f"{argv[0]}: {why.strerror}") from why
+    finally:
+        for fd in (stdin, out[1], err[1]):
+            os.close(fd)
+    try:
+        return _drained(out[0], err[0], until)
+    except TimeoutError:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        os.close(out[0])
+        os.close(err[0])
+        os.waitpid(pid, 0)
+
+
+def _drained(out: int, err: int, until: float) -> tuple[bytes, bytes]:
+    """Both pipes to their ends.  Raises TimeoutError, also for too much output."""
+    got: dict[int, list[bytes]] = {out: [], err: []}
+    waiting, room = select.poll(), OUTPUT
+    for fd in got:
+        waiting.register(fd, select.POLLIN)
+    still = len(got)
+    while still:
+        left = until - monotonic()
+        if left <= 0 or room < 0:
+            raise TimeoutError
+        for fd, _ in waiting.poll(min(left, 60) * 1000):
+            data = os.read(fd, 1 << 20)
+            got[fd].append(data)
+            room -= len(data)
+            if not data:
+                waiting.unregister(fd)
+                still -= 1
+    return b"".join(got[out]), b"".join(got[err])
+
+
+def read(path: str) -> bytes:
+    """A note as UTF-8, whatever it is in; empty if it is no text.  Raises OSError."""
+    note = _bytes(path)
+    if note.startswith(BOMS):
+        return note.decode("utf-16", "replace").encode("utf-8", "replace")
+    if b"\0" in note:
+        return b""
+    return note.decode("utf-8-sig", "replace").encode()
+
+
+def _bytes(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        # A directory on the way may have become a link since it was searched.
+        there = os.readlink(f"/proc/self/fd/{fd}")
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST or there != path:
+            raise OSError(errno.EINVAL, "not a note any more", path)
+        return os.read(fd, status.st_size)
+    finally:
+        os.close(fd)
+
+
+def _why(err: OSError) -> str:
+    return f"{err.filename}: {err.strerror}"
+
+
+def _first(said: bytes) -> str:
+    """The first of a program's complaints, and how many there are."""
+    lines = said.decode("utf-8", "replace").splitlines()
+    return lines[0] + (f" (and {len(lines) - 1} more)" if lines[1:] else "")

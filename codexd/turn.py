@@ -1,0 +1,219 @@
+"""Codex running: its process, its two pipes, its clocks, and how it is ended.
+
+Owns the process group of Codex from its start to its end, and the files
+events.jsonl and stderr.txt of the attempt.  Promises: whatever Codex does, the
+turn ends, and at its end nothing of the process group is left.  The clocks are
+monotonic: `timeout` for the whole turn; `idle_timeout` without an event, off
+while a tool is at work; GRACE for a Codex that has ended its turn and stays.
+
+Raises OSError when Codex cannot be started.  Lean: the worker uses it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+
+from codexd import durable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from codexd.codex import Reader
+
+STEPS = ((signal.SIGINT, 5.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0))
+GRACE = 10.0  # seconds for Codex to exit after the turn has ended
+STDERR_KEPT = 1 << 20
+EVENTS_KEPT = 256 << 20
+_HEAD = 8192  # bytes of the beginning and of the end of stderr that are looked at
+
+
+class Turn:
+    """One run of Codex."""
+
+    def __init__(
+        self,
+        place: str,
+        reader: Reader,
+        orders: dict[str, Any],
+        stdin: int,
+        argv: list[str],
+        env: dict[str, str],
+    ) -> None:
+        """Start it.  `place` is the attempt's directory, `stdin` an open file."""
+        self.reader = reader
+        self.idle = float(orders["idle_timeout"])
+        self.stop_reason: str | None = None
+        self.status: int | None = None
+        self.usage: Any = None
+        self.head = self.tail = b""
+        self._step = 0
+        self._next_step = 0.0
+        if orders.get("setpriv"):
+            # If we are killed, Codex must not go on unseen.
+            argv = [orders["setpriv"], "--pdeathsig", "KILL", "--", *argv]
+        self._open(place, stdin, argv, env)
+        now = time.monotonic()
+        self.deadline = now + float(orders["timeout"])
+        self.heard = now
+        self.ended_at: float | None = None
+
+    def _open(self, place: str, stdin: int, argv: list[str], env: dict[str, str]) -> None:
+        out, child_out = os.pipe2(os.O_CLOEXEC)
+        err, child_err = os.pipe2(os.O_CLOEXEC)
+        actions = [
+            (os.POSIX_SPAWN_DUP2, stdin, 0),
+            (os.POSIX_SPAWN_DUP2, child_out, 1),
+            (os.POSIX_SPAWN_DUP2, child_err, 2),
+        ]
+        self.pid = os.posix_spawn(
+            argv[0],
+            argv,
+            env,
+            file_actions=actions,
+            setpgroup=0,
+            setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+        )
+        for fd in (stdin, child_out, child_err):
+            os.close(fd)
+        self._gone = os.pidfd_open(self.pid)
+        self._pipes = {out: self._output, err: self._errors}
+        for fd in self._pipes:
+            os.set_blocking(fd, False)
+        self._events = _Kept(os.path.join(place, "events.jsonl"), EVENTS_KEPT)
+        self._stderr = _Kept(os.path.join(place, "stderr.txt"), STDERR_KEPT)
+
+    # --- what comes in --------------------------------------------------------
+
+    def _output(self, data: bytes) -> None:
+        self._events.add(data)
+        if self.reader.feed(data):
+            self.heard = time.monotonic()
+        if not self.reader.ended:
+            self.ended_at = None  # a turn that failed may be followed by another
+        elif self.ended_at is None:
+            self.ended_at = time.monotonic()
+
+    def _errors(self, data: bytes) -> None:
+        self._stderr.add(data)
+        if len(self.head) < _HEAD:
+            self.head += data[: _HEAD - len(self.head)]
+        self.tail = (self.tail + data)[-_HEAD:]
+
+    @property
+    def told(self) -> bytes:
+        """What is looked at of standard error."""
+        return self.head if self.head.startswith(self.tail) else self.head + b"\n" + self.tail
+
+    def _drain(self, fd: int) -> None:
+        """Read what is there now; a grandchild may keep the pipe open for ever."""
+        while True:
+            try:
+                data = os.read(fd, 1 << 16)
+            except BlockingIOError:
+                return
+            if not data:
+                self._pipes.pop(fd)
+                os.close(fd)
+                return
+            sink = self._pipes[fd]
+            sink(data)
+
+    # --- the clocks -----------------------------------------------------------
+
+    def _due(self, now: float) -> str | None:
+        """Why Codex has to be stopped now, if it has to."""
+        if self.ended_at is not None:
+            return "grace" if now >= self.ended_at + GRACE else None
+        if now >= self.deadline:
+            return "timeout"
+        if not self.reader.busy and now >= self.heard + self.idle:
+            return "stall"
+        return None
+
+    def _pause(self, now: float) -> float:
+        if self._step:
+            return self._next_step - now
+        if self.ended_at is not None:
+            return self.ended_at + GRACE - now
+        ends = [self.deadline] if self.reader.busy else [self.deadline, self.heard + self.idle]
+        return min(ends) - now
+
+    def stop(self, reason: str) -> None:
+        """Begin to end Codex; more of it is worse, so the first reason stands."""
+        if self.stop_reason is None:
+            self.stop_reason = reason
+            self._escalate()
+
+    def _escalate(self) -> None:
+        number, pause = STEPS[min(self._step, len(STEPS) - 1)]
+        self._step += 1
+        self._next_step = time.monotonic() + pause
+        self.signal(number)
+
+    def signal(self, number: int) -> None:
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            pass  # it has just ended; wait4 will tell how
+
+    def run(self, wakeup: int, parent: int | None) -> None:
+        """Until Codex is gone and everything it printed is read."""
+        poll = select.poll()
+        for fd in (*self._pipes, self._gone, wakeup):
+            poll.register(fd, select.POLLIN)
+        if parent is not None:
+            poll.register(parent, 0)  # POLLHUP alone
+        while self.status is None:
+            pause = max(0.0, self._pause(time.monotonic()))
+            for fd, _ in poll.poll(pause * 1000 + 1):
+                if fd in self._pipes:
+                    self._drain(fd)
+                    if fd not in self._pipes:
+                        poll.unregister(fd)
+                elif fd == self._gone:
+                    self._reap()
+                else:
+                    poll.unregister(fd)
+                    self.stop("interrupted")
+            self._tick()
+        poll.unregister(self._gone)
+        if any(fd not in self._pipes for fd, _ in poll.poll(0)):
+            # Whoever ended us ended Codex in the same moment: that is no crash of it.
+            self.stop_reason = self.stop_reason or "interrupted"
+        self.signal(signal.SIGKILL)  # what its tools left running
+        for fd in list(self._pipes):
+            self._drain(fd)
+        self._events.close()
+        self._stderr.close()
+        self.reader.finish()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if self._step and now >= self._next_step:
+            self._escalate()
+        elif not self._step and (reason := self._due(now)):
+            self.stop(reason)
+
+    def _reap(self) -> None:
+        _, status, self.usage = os.wait4(self.pid, 0)
+        self.status = os.waitstatus_to_exitcode(status)
+
+
+class _Kept:
+    """A file that takes at most so many bytes; the rest is counted, not kept."""
+
+    def __init__(self, path: str, limit: int) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        self._left = limit
+
+    def add(self, data: bytes) -> None:
+        if self._left > 0:
+            durable.write_all(self._fd, data[: self._left])
+            self._left -= len(data)
+
+    def close(self) -> None:
+        os.close(self._fd)

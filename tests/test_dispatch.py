@@ -1,0 +1,164 @@
+"""What may start now: one of a session, at most N, by priority, then ledger order."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from codexd.dispatch import Gate, heads, ready
+from codexd.model import State, Task
+
+OPEN = Gate({})
+Q, R, W = State.QUEUED, State.RUNNING, State.WAITING
+
+
+def tasks(*rows: tuple[str, State, str, int]) -> list[Task]:
+    return [Task(id, state, session or None, priority) for id, state, session, priority in rows]
+
+
+@pytest.mark.parametrize(
+    ("rows", "slots", "active", "started"),
+    [
+        pytest.param([], 4, "", "", id="nothing-to-do"),
+        pytest.param([("a", Q, "", 5), ("b", Q, "", 5)], 4, "", "ab", id="no-session-is-its-own"),
+        pytest.param([("a", Q, "s", 5), ("b", Q, "s", 5)], 4, "", "a", id="one-of-a-session"),
+        pytest.param([("a", Q, "s", 0), ("b", Q, "s", 9)], 4, "", "a",
+                     id="priority-does-not-overtake-in-a-session"),
+        pytest.param([("a", R, "s", 5), ("b", Q, "s", 5)], 4, "a", "",
+                     id="one-runs-the-next-waits"),
+        pytest.param([("a", W, "s", 5), ("b", Q, "s", 5)], 4, "", "",
+                     id="a-waiting-task-holds-back-its-session"),
+        pytest.param([("a", W, "s", 5), ("b", Q, "t", 5)], 4, "", "b", id="but-no-other-session"),
+        pytest.param([("a", Q, "", 1), ("b", Q, "", 9), ("c", Q, "", 9)], 2, "", "bc",
+                     id="by-priority-then-ledger-order"),
+        pytest.param([("a", R, "", 5), ("b", Q, "", 5), ("c", Q, "", 5)], 2, "a", "b",
+                     id="slots-taken-by-running"),
+        pytest.param([("a", R, "", 5), ("b", Q, "", 5)], 1, "", "",
+                     id="running-in-the-ledger-counts-even-if-its-worker-is-gone"),
+        pytest.param([("a", Q, "", 5), ("b", Q, "", 5)], 4, "a", "b",
+                     id="attempt-2-waits-until-nothing-of-attempt-1-lives"),
+        pytest.param([("b", Q, "", 5)], 1, "z", "", id="a-worker-without-a-task-takes-a-slot"),
+        pytest.param([("a", Q, "", 5)], 0, "", "", id="no-slots"),
+        pytest.param([("a", Q, "", 5)], 1, "xyz", "", id="more-running-than-slots"),
+        pytest.param([("a", Q, "", 5), ("b", Q, "a", 5)], 4, "", "a",
+                     id="a-retry-in-the-session-named-by-the-first-task-s-id"),
+    ],
+)  # fmt: skip
+def test_ready(
+    rows: list[tuple[str, State, str, int]], slots: int, active: str, started: str
+) -> None:
+    chosen = ready(tasks(*rows), OPEN, slots, set(active))
+    assert [t.id for t in chosen] == list(started)
+
+
+@pytest.mark.parametrize(
+    ("closed", "probes", "running", "width"),
+    [
+        ([], [], 0, 4),
+        ([], [], 3, 1),
+        ([], [], 9, 0),
+        (["hold"], [], 0, 0),
+        (["quota"], [], 0, 0),
+        (["quota"], ["quota"], 0, 1),
+        (["quota"], ["quota"], 1, 0),
+        (["quota", "hold"], ["quota"], 0, 0),
+        (["quota", "auth"], ["quota", "auth", "more"], 0, 1),
+    ],
+)
+def test_the_gate(closed: list[str], probes: list[str], running: int, width: int) -> None:
+    assert Gate({r: {} for r in closed}, frozenset(probes)).width(4, running) == width
+
+
+def test_a_probe_is_the_task_that_would_come_first() -> None:
+    rows = tasks(("a", Q, "", 1), ("b", Q, "", 9))
+    gate = Gate({"quota": {}}, frozenset({"quota"}))
+    assert [t.id for t in ready(rows, gate, 4, set())] == ["b"]
+
+
+def test_heads_are_the_oldest_of_each_session() -> None:
+    rows = tasks(("a", W, "s", 5), ("b", Q, "s", 5), ("c", Q, "", 5))
+    assert {name: t.id for name, t in heads(rows).items()} == {"s": "a", "c": "c"}
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([Q, R, W]), st.sampled_from(["", "s", "t"]), st.integers(0, 9)),
+        max_size=12,
+    ),
+    st.integers(0, 5),
+    st.sets(st.integers(0, 11)),
+)
+def test_whatever_the_queue_looks_like(
+    rows: list[tuple[State, str, int]], slots: int, alive: set[int]
+) -> None:
+    queue = tasks(*((str(n), state, name, p) for n, (state, name, p) in enumerate(rows)))
+    active = {str(n) for n in alive}
+    chosen = ready(queue, OPEN, slots, active)
+    names = [t.session_name for t in chosen]
+    assert len(set(names)) == len(names)
+    assert len(chosen) <= max(0, slots - len(active))
+    for one in chosen:
+        assert one.state is Q
+        assert one.id not in active
+        before = queue[: queue.index(one)]
+        assert all(t.session_name != one.session_name for t in before)
+    assert chosen == ready(queue, OPEN, slots, active)
+
+
+class Queue(RuleBasedStateMachine):
+    """Tasks come, run, wait and end; workers outlive a restart of the daemon."""
+
+    SLOTS = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: dict[str, Task] = {}
+        self.alive: set[str] = set()
+        self.order: dict[str, list[str]] = {}
+        self.ended: dict[str, list[str]] = {}
+        self.count = 0
+
+    @rule(session=st.sampled_from("st"), priority=st.integers(0, 9))
+    def drop(self, session: str, priority: int) -> None:
+        id = f"{self.count:03}"
+        self.count += 1
+        self.queue[id] = Task(id, Q, session, priority)
+        self.order.setdefault(session, []).append(id)
+
+    @rule()
+    def dispatch(self) -> None:
+        """Also what a new daemon does first: it knows the ledger and who is alive."""
+        for one in ready(self.queue.values(), OPEN, self.SLOTS, self.alive):
+            self.queue[one.id] = Task(one.id, R, one.session, one.priority)
+            self.alive.add(one.id)
+
+    @precondition(lambda self: self.alive)
+    @rule(pick=st.randoms(use_true_random=False), then=st.sampled_from(["end", Q, W]))
+    def worker_ends(self, pick: object, then: str | State) -> None:
+        id = pick.choice(sorted(self.alive))  # type: ignore[attr-defined]
+        self.alive.discard(id)
+        was = self.queue.pop(id) if then == "end" else self.queue[id]
+        if isinstance(then, State):
+            self.queue[id] = Task(id, then, was.session, was.priority)
+        else:
+            self.ended.setdefault(was.session_name, []).append(id)
+
+    @rule()
+    def wake(self) -> None:
+        for id, one in self.queue.items():
+            if one.state is W:
+                self.queue[id] = Task(id, Q, one.session, one.priority)
+
+    @invariant()
+    def serial_and_bounded(self) -> None:
+        assert len(self.alive) <= self.SLOTS
+        names = [self.queue[id].session_name for id in self.alive]
+        assert len(set(names)) == len(names)
+        for session, ids in self.ended.items():
+            assert ids == self.order[session][: len(ids)], "strict order within a session"
+
+
+TestQueue = Queue.TestCase
+TestQueue.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)

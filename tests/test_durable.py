@@ -1,0 +1,228 @@
+"""Files are whole and new, or as they were: whoever dies, whatever the disk says."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codexd import durable
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def child(code: str, *args: str | Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+
+
+# --- writing ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.json", "x" * 255, "ü" * 127, "🦊" * 63, "-n", "a b\n\x1b[0m"])
+def test_every_name_a_file_can_have(tmp_path: Path, name: str) -> None:
+    durable.write(tmp_path / name, b"one")
+    durable.write(tmp_path / name, b"two", 0o600)
+    assert (tmp_path / name).read_bytes() == b"two"
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_the_mode_is_the_writer_s_choice(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        durable.write(tmp_path / "a", b"", 0o666)
+        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(old)
+
+
+def test_a_reader_never_sees_half_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    whole = {bytes([65 + n]) * (200_000 + n) for n in range(4)}
+    durable.write(path, min(whole))
+    seen, stop = set(), threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.add(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(20):
+        for data in whole:
+            durable.write(path, data)
+    stop.set()
+    reader.join()
+    assert seen <= whole
+    assert len(seen) > 1, "the reader was never there while it was written"
+
+
+def test_a_killed_writer_leaves_the_old_file_or_the_new(tmp_path: Path) -> None:
+    code = (
+        "import sys; from codexd import durable\n"
+        "print(flush=True)\n"
+        "while True:\n"
+        "    for c in b'ab': durable.write(sys.argv[1], bytes([c]) * 3000000)"
+    )
+    durable.write(tmp_path / "f", b"a" * 3_000_000)
+    for _ in range(8):
+        with child(code, tmp_path / "f") as writer:
+            assert writer.stdout
+            writer.stdout.readline()
+            time.sleep(random.uniform(0, 0.02))
+            writer.kill()
+        assert (tmp_path / "f").read_bytes() in (b"a" * 3_000_000, b"b" * 3_000_000)
+    durable.sweep(tmp_path)
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_no_room_leaves_the_old_file_and_no_debris(tmp_path: Path) -> None:
+    durable.write(tmp_path / "f", b"old")
+    code = (
+        "import resource, sys; from codexd import durable\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: durable.write(sys.argv[1], b'x' * 5000)\n"
+        "except OSError as error: print(error.errno)"
+    )
+    with child(code, tmp_path / "f") as writer:
+        assert writer.stdout
+        assert int(writer.stdout.read()) == errno.EFBIG
+    assert (tmp_path / "f").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_missing_directory_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        durable.write(tmp_path / "no" / "f", b"")
+
+
+def test_a_link_in_the_place_of_the_file_is_replaced_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "f").symlink_to("precious")
+    durable.write(tmp_path / "f", b"new")
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+    assert not (tmp_path / "f").is_symlink()
+
+
+# --- reading ----------------------------------------------------------------------
+
+
+def test_read_up_to_its_limit(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"12345")
+    assert durable.read(tmp_path / "f", 5) == b"12345"
+    with pytest.raises(ValueError, match="5 bytes, more than 4"):
+        durable.read(tmp_path / "f", 4)
+
+
+def make(path: Path, what: str) -> None:
+    if what == "link":
+        path.with_name("target").write_bytes(b"{}")
+        path.symlink_to("target")
+    elif what == "fifo":
+        os.mkfifo(path)
+    elif what == "directory":
+        path.mkdir()
+    elif what == "socket":
+        with socket.socket(socket.AF_UNIX) as it:
+            it.bind(os.path.relpath(path))
+
+
+@pytest.mark.parametrize("what", ["link", "fifo", "directory", "socket", "nothing"])
+def test_read_takes_regular_files_only_and_never_waits(tmp_path: Path, what: str) -> None:
+    make(tmp_path / "f", what)
+    with pytest.raises((ValueError, OSError), match="f"):
+        durable.read(tmp_path / "f", 100)
+    with pytest.raises((ValueError, OSError), match="f"):
+        durable.read_json(tmp_path / "f")
+
+
+def test_a_file_without_an_end_is_not_read_for_ever() -> None:
+    with pytest.raises(ValueError, match="not a regular file"):
+        durable.read("/dev/zero", 1 << 20)
+    with pytest.raises(ValueError, match="grew over its limit"):  # its size is given as 0
+        durable.read("/proc/self/status", 10)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe", b"\x00" * 9, b"[" * 100_000, b'{"a":}',
+     b'{"a": 1}{', b'{"a":' * 50_000, b"{" + b"9" * 5000 + b"}"],
+)  # fmt: skip
+def test_damaged_json_is_an_error_with_the_file_s_name_or_place(
+    tmp_path: Path, data: bytes
+) -> None:
+    (tmp_path / "f").write_bytes(data)
+    with pytest.raises(ValueError, match=r"f: |line 1|decode|column"):
+        durable.read_json(tmp_path / "f")
+
+
+ANY = st.text(st.characters(exclude_categories=()), max_size=20)
+
+
+@given(st.dictionaries(ANY, st.none() | st.booleans() | st.integers() | ANY | st.lists(ANY)))
+def test_json_survives_its_file(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+    path = tmp_path_factory.getbasetemp() / "round.json"
+    assert isinstance(value, dict)
+    durable.write_json(path, value)
+    assert durable.read_json(path) == value
+
+
+def test_json_is_for_people_too(tmp_path: Path) -> None:
+    durable.write_json(tmp_path / "f", {"title": "Straße"})
+    text = (tmp_path / "f").read_text()
+    assert "Straße" in text
+    assert text.count("\n") == 3
+    assert json.loads(text) == {"title": "Straße"}
+
+
+# --- sweeping, syncing ------------------------------------------------------------
+
+
+def test_sweep_takes_what_dead_writers_left_and_nothing_else(tmp_path: Path) -> None:
+    stay = ["a.tmp", ".notes.tmp", ".a.12x.tmp", "a.12.tmp", ".12.tmp.md", ".take-1"]
+    gone = [".a.json.12.tmp", ".x.1.tmp"]
+    for name in stay + gone:
+        (tmp_path / name).touch()
+    (tmp_path / ".dir.3.tmp").mkdir()
+    (tmp_path / ".link.4.tmp").symlink_to("nowhere")
+    durable.sweep(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([*stay, ".dir.3.tmp"])
+
+
+def test_write_s_debris_is_what_sweep_takes(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from codexd import durable\n"
+        "durable.os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "durable.write(sys.argv[1], b'x')"
+    )
+    with child(code, tmp_path / "f") as writer:
+        assert writer.wait() == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == 1
+    durable.sweep(tmp_path)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_directory_that_may_not_be_read_can_still_be_written(tmp_path: Path) -> None:
+    """An inbox for submitters: its owner syncs it when the file is taken."""
+    tmp_path.chmod(0o733)
+    code = (
+        "import os, sys; from codexd import durable\n"
+        "os.chdir(sys.argv[1]); os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "durable.write('f', b'x')"
+    )
+    with child(code, tmp_path) as writer:
+        assert writer.wait() == 0
+    assert (tmp_path / "f").read_bytes() == b"x"

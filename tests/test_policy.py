@@ -1,0 +1,112 @@
+"""What follows an outcome: end, again, again in a new thread, or a closed gate."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codexd.model import Kind
+from codexd.outcome import Outcome
+from codexd.policy import INTERRUPTIONS, TABLE, Step, after, backoff, probe_after
+
+DONE, FAILED = Step(Kind.DONE), Step(Kind.FAILED)
+AGAIN = Step(Kind.WAITING, delay=10.0)
+RESTART = Step(Kind.QUEUED, counted=False)
+GATE = Step(Kind.QUEUED, counted=False, close=True)
+LOST = Step(Kind.QUEUED, counted=False, fresh=True)
+FRESH = Step(Kind.QUEUED, fresh=True)
+
+# outcome: after the first of three attempts, after the last, after too many interruptions
+EXPECTED = {
+    Outcome.DONE: (DONE, DONE, DONE),
+    Outcome.CANCELLED: (Step(Kind.CANCELLED),) * 3,
+    Outcome.TIMEOUT: (FAILED, FAILED, FAILED),
+    Outcome.STALL: (AGAIN, FAILED, AGAIN),
+    Outcome.INTERRUPTED: (RESTART, RESTART, FAILED),
+    Outcome.SIGNAL: (AGAIN, FAILED, AGAIN),
+    Outcome.OOM: (FAILED, FAILED, FAILED),
+    Outcome.AUTH: (GATE, GATE, GATE),
+    Outcome.QUOTA: (GATE, GATE, GATE),
+    Outcome.RATE: (AGAIN, FAILED, AGAIN),
+    Outcome.TRANSIENT: (AGAIN, FAILED, AGAIN),
+    Outcome.CONFIG: (FAILED, FAILED, FAILED),
+    Outcome.HOST: (AGAIN, FAILED, AGAIN),
+    Outcome.THREAD_LOST: (LOST, LOST, FRESH),
+    Outcome.THREAD_BUSY: (AGAIN, FAILED, AGAIN),
+    Outcome.CONTEXT_FULL: (FRESH, FAILED, FRESH),
+    Outcome.NO_ANSWER: (FAILED, FAILED, FAILED),
+    Outcome.VERIFY: (FAILED, FAILED, FAILED),
+    Outcome.BUDGET: (FAILED, FAILED, FAILED),
+    Outcome.DEPENDENCY: (FAILED, FAILED, FAILED),
+    Outcome.UNKNOWN: (FAILED, FAILED, FAILED),
+}
+
+
+def step(outcome: Outcome, attempts: int = 1, interruptions: int = 0, limit: int = 3) -> Step:
+    return after(
+        outcome,
+        attempts=attempts,
+        limit=limit,
+        interruptions=interruptions,
+        base=10.0,
+        cap=600.0,
+        chance=1.0,
+    )
+
+
+def test_every_outcome_is_decided() -> None:
+    assert set(TABLE) == set(EXPECTED) == set(Outcome)
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_after(outcome: Outcome) -> None:
+    first, last, worn = EXPECTED[outcome]
+    assert step(outcome) == first
+    assert step(outcome, attempts=3) == last
+    assert step(outcome, interruptions=INTERRUPTIONS) == worn
+
+
+@given(
+    st.lists(st.sampled_from([o for o in Outcome if not EXPECTED[o][0].close]), min_size=60),
+    st.integers(1, 20),
+)
+def test_every_task_ends(outcomes: list[Outcome], limit: int) -> None:
+    """Whatever an attempt comes to, Codex is started limit + INTERRUPTIONS times at most."""
+    attempts = interruptions = starts = 0
+    for outcome in outcomes:
+        attempts, starts = attempts + 1, starts + 1
+        next_one = step(outcome, attempts, interruptions, limit)
+        if next_one.kind in (Kind.DONE, Kind.FAILED, Kind.CANCELLED):
+            break
+        if not next_one.counted:
+            attempts, interruptions = attempts - 1, interruptions + 1
+    else:
+        pytest.fail("it goes on for ever")
+    assert starts <= limit + INTERRUPTIONS
+
+
+@given(st.integers(1, 10_000), st.floats(0, 1), st.floats(0.001, 1e5), st.floats(0.001, 1e5))
+def test_backoff_is_bounded_by_half_and_cap(
+    attempts: int, chance: float, base: float, cap: float
+) -> None:
+    pause = backoff(attempts, base, cap, chance)
+    assert min(base, cap) / 2 <= pause <= cap
+    assert pause == backoff(attempts, base, cap, chance)
+
+
+def test_backoff_doubles_up_to_the_cap() -> None:
+    assert [backoff(n, 10, 600, 1) for n in range(1, 9)] == [10, 20, 40, 80, 160, 320, 600, 600]
+    assert backoff(3, 10, 600, 0) == 20
+
+
+def test_a_closed_gate_is_tried_ever_more_rarely_but_always() -> None:
+    assert [probe_after(n) for n in (0, 1, 2, 4, 5, 6, 1000)] == [
+        60,
+        120,
+        240,
+        960,
+        1800,
+        1800,
+        1800,
+    ]

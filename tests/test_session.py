@@ -1,0 +1,191 @@
+"""Sessions: one file each, a thread, and totals that are right after a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codexd import session
+from codexd.session import Session
+
+AT, LATER = "2026-11-23T07:20:11.123Z", "2026-11-23T08:00:00.000Z"
+KEYS = ("input_tokens", "cached_input_tokens", "output_tokens", "reasoning_output_tokens")
+
+
+def tokens(*counts: int) -> dict[str, int]:
+    return dict(zip(KEYS, counts, strict=False))
+
+
+# --- file names -------------------------------------------------------------------
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200)
+CLOSE = st.text("aA/%_.~ -2F+é", min_size=1, max_size=8)
+
+
+@given(NAMES | CLOSE, NAMES | CLOSE)
+def test_no_two_sessions_share_a_file(one: str, other: str) -> None:
+    assert (session.stem(one) == session.stem(other)) == (one == other)
+
+
+@given(NAMES)
+def test_every_name_fits_in_a_directory(name: str) -> None:
+    stem = session.stem(name)
+    assert 0 < len(stem) <= 180
+    assert stem.isascii()
+    assert stem.isprintable()
+    assert "/" not in stem
+    assert " " not in stem
+    assert not stem.startswith(".")
+
+
+def test_the_seed_s_clash() -> None:
+    assert session.stem("a/b") == "a%2Fb"
+    assert session.stem("a_b") == "a_b"
+
+
+def test_a_name_made_like_a_shortened_one_has_its_own_file() -> None:
+    from urllib.parse import unquote
+
+    long = "/" * 100
+    assert session.stem(unquote(session.stem(long))) != session.stem(long)
+
+
+# --- files ------------------------------------------------------------------------
+
+
+@given(NAMES, st.none() | st.text(max_size=9), st.integers(0, 1 << 60))
+def test_a_session_survives_its_file(
+    tmp_path_factory: pytest.TempPathFactory, name: str, thread: str | None, count: int
+) -> None:
+    directory = tmp_path_factory.getbasetemp() / "sessions"
+    directory.mkdir(exist_ok=True)
+    one = Session(name, thread, AT, LATER, count, "x/1", count, tokens(1), tokens(2), tokens(3))
+    session.save(directory, one)
+    assert session.load(directory, name) == one
+
+
+def test_a_session_without_a_file_is_new(tmp_path: Path) -> None:
+    assert session.load(tmp_path, "web") == Session("web")
+    assert session.names(tmp_path) == []
+    assert session.names(tmp_path / "not-yet") == []
+
+
+GOOD: dict[str, Any] = {"name": "web", "thread": "T", "tasks": 1, "usage": {"input_tokens": 1}}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe\x00",
+        b"[]",
+        b"[" * 10_000,
+        {**GOOD, "name": "other"},
+        {**GOOD, "name": None},
+        {**GOOD, "thread": 5},
+        {**GOOD, "tasks": -1},
+        {**GOOD, "tasks": "many"},
+        {**GOOD, "transcript": 1.5},
+        {**GOOD, "usage": [1]},
+        {**GOOD, "usage": {"input_tokens": "x"}},
+        {**GOOD, "reported": {"input_tokens": None}},
+    ],
+)
+def test_a_damaged_file_is_kept_aside_and_harms_no_other(
+    tmp_path: Path, damage: bytes | dict[str, Any]
+) -> None:
+    data = damage if isinstance(damage, bytes) else json.dumps(damage).encode()
+    (tmp_path / "web.json").write_bytes(data)
+    session.save(tmp_path, Session("fine"))
+    with pytest.raises(ValueError, match=r"."):
+        session.load(tmp_path, "web")
+    kept = session.set_aside(tmp_path, "web")
+    assert kept.read_bytes() == data
+    assert session.load(tmp_path, "web") == Session("web")
+    assert session.names(tmp_path) == ["fine"]
+
+
+def test_a_newer_version_s_file_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "web.json").write_text(json.dumps({**GOOD, "colour": "blue"}))
+    assert session.load(tmp_path, "web").thread == "T"
+
+
+def test_names_are_the_sessions_own(tmp_path: Path) -> None:
+    for name in ("b/c", "a", ".hidden", "ü"):
+        session.save(tmp_path, Session(name))
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / ".x.json.1.tmp").touch()
+    os.mkfifo(tmp_path / "fifo.json")
+    assert session.names(tmp_path) == [".hidden", "a", "b/c", "ü"]
+
+
+# --- adding up --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("thread", "before", "reported", "used"),
+    [
+        pytest.param(None, tokens(), tokens(100, 0, 10), tokens(100, 0, 10), id="the-first"),
+        pytest.param("T", tokens(100, 50, 10), tokens(250, 150, 30), tokens(150, 100, 20),
+                     id="totals-of-the-thread"),
+        pytest.param("T", tokens(100, 0, 10), tokens(100, 0, 10), tokens(0, 0, 0), id="no-use"),
+        pytest.param("T", tokens(100, 0, 90), tokens(40, 0, 5), tokens(40, 0, 5),
+                     id="a-version-that-reports-each-run"),
+        pytest.param("U", tokens(100, 0, 10), tokens(250, 0, 30), tokens(250, 0, 30),
+                     id="another-thread"),
+        pytest.param("T", tokens(100, 50, 10), {}, {}, id="killed-before-it-said"),
+        pytest.param("T", tokens(100, 50, 10), {"input_tokens": 200}, {"input_tokens": 100},
+                     id="a-total-that-is-not-reported-has-not-shrunk"),
+    ],
+)  # fmt: skip
+def test_what_an_attempt_used(
+    thread: str | None, before: dict[str, int], reported: dict[str, int], used: dict[str, int]
+) -> None:
+    known = Session("web", thread, AT, AT, applied="x/1", usage=tokens(1, 1, 1), reported=before)
+    after = session.add(known, "x/2", "T", reported, LATER)
+    assert after.used == used
+    assert after.usage == {k: (1 if k in KEYS[:3] else 0) + used.get(k, 0) for k in KEYS}
+    assert (after.thread, after.applied, after.created, after.updated) == ("T", "x/2", AT, LATER)
+
+
+def test_adding_an_attempt_again_changes_nothing() -> None:
+    once = session.add(Session("web"), "x/1", "T", tokens(100), AT)
+    assert session.add(once, "x/1", "T", tokens(100), LATER) == once
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 1000)] * 4), min_size=1, max_size=8))
+def test_the_totals_of_a_thread_add_up_to_its_last_word(parts: list[tuple[int, ...]]) -> None:
+    known, total = Session("web"), (0, 0, 0, 0)
+    for n, part in enumerate(parts):
+        total = tuple(a + b for a, b in zip(total, part, strict=True))
+        known = session.add(known, f"x/{n}", "T", tokens(*total), AT)
+        assert known.used == tokens(*part)
+    assert known.usage == tokens(*total)
+
+
+def test_an_attempt_killed_before_it_reported_is_counted_with_the_next() -> None:
+    known = session.add(Session("web"), "x/1", "T", tokens(100, 0, 10), AT)
+    killed = session.add(known, "x/2", "T", {}, AT)
+    after = session.add(killed, "x/3", "T", tokens(180, 0, 30), AT)
+    assert killed.usage["input_tokens"] == 100
+    assert after.usage["input_tokens"] == 180
+
+
+def test_a_thread_that_was_never_told_stays() -> None:
+    known = session.add(Session("web"), "x/1", "T", {}, AT)
+    assert session.add(known, "x/2", None, {}, AT).thread == "T"
+
+
+def test_forget_leaves_the_totals() -> None:
+    known = session.add(Session("web"), "x/1", "T", tokens(100), AT)
+    after = session.forget(known, LATER)
+    assert (after.thread, after.reported, after.updated) == (None, {}, LATER)
+    assert after.usage == known.usage
+    assert session.add(after, "x/2", "U", tokens(30), LATER).usage["input_tokens"] == 130
