@@ -42,9 +42,10 @@ LOOK = 2.0  # seconds after which a walk through the archive is cut into pages
 _PAUSES = (0.005, 0.05)  # seconds between looks at the size of the ledger
 
 _LIMIT = re.compile(r"[0-9]{1,3}", re.ASCII)
-_SECONDS = re.compile(r"[0-9]{1,2}(?:\.[0-9]{1,3})?", re.ASCII)
+_SECONDS = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?", re.ASCII)
 _CONFLICT = re.compile(r"key .* was used by task", re.DOTALL)
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_DOCUMENT = reply(200, openapi.DOCUMENT)
 
 T = TypeVar("T")
 
@@ -244,7 +245,7 @@ class Api:
         return metrics.render(self._view.health()[1], states, self.counts)
 
     async def _openapi(self, _call: Call, _body: bytes) -> Reply:
-        return reply(200, openapi.DOCUMENT)
+        return _DOCUMENT
 
     # --- waiting ------------------------------------------------------------------------
 
@@ -310,11 +311,13 @@ def _request(body: bytes, header: str | None) -> Request:
         request = taskfile.parse("body.json", body, max_bytes=len(body))
         if header is None:
             return request
-        key = header.encode("latin-1").decode("utf-8", "replace")
+        key = header.encode("latin-1").decode("utf-8")
         if request.key not in (None, key):
             raise invalid("the header Idempotency-Key and `key` in the body differ")
         request = replace(request, key=key)
         return taskfile.parse("body.json", taskfile.dump(request), max_bytes=2 * len(body) + 4096)
+    except UnicodeDecodeError as error:
+        raise invalid("the header Idempotency-Key is not UTF-8") from error
     except taskfile.Refused as why:
         raise invalid(str(why)) from why
 

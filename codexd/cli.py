@@ -11,14 +11,13 @@ with it.  stdout carries only what was asked for, all else goes to stderr.
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from urllib.parse import quote
 
 from codexd import __version__, config, report, spool, taskfile
 from codexd.document import Document, Form, Scalar
@@ -31,6 +30,8 @@ Verb = Callable[[argparse.Namespace], int]
 
 POLL = 0.03  # seconds between looks at the ledger while somebody waits
 _WORD = 5.0  # seconds to wait for the master's word on a submission
+_MOST = 64 << 20  # bytes read of a task file; the master knows its own limit
+_LONGEST_NAME = 255  # bytes of a file's name
 
 
 class Trouble(Exception):
@@ -57,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     _task(_verb(verbs, "task", None, "tasks").add_subparsers(required=True, metavar="VERB"))
     _verb(verbs, "hold", gate, "start no more tasks")
     _verb(verbs, "release", gate, "start tasks again, and try now what was put off")
-    _session(_verb(verbs, "session", None, "sessions").add_subparsers(required=True, metavar="VERB"))
+    _session(
+        _verb(verbs, "session", None, "sessions").add_subparsers(required=True, metavar="VERB")
+    )
     _memory(_verb(verbs, "memory", memory, "what notes a task with these words is given", "json"))
     _verb(verbs, "status", status, "one screen: is all well, and what is going on", "json")
     _verb(verbs, "selftest", selftest, "one real turn against a scripted model: no account needed")
@@ -105,7 +108,9 @@ def _task(verbs: Verbs[argparse.ArgumentParser]) -> None:
     one.add_argument("id", metavar="ID")
     one = _verb(verbs, "wait", wait, "wait until tasks have ended", "json", "timeout")
     one.add_argument("ids", nargs="+", metavar="ID")
-    one = _verb(verbs, "follow", follow, "show what Codex does, until the task has ended", "timeout")
+    one = _verb(
+        verbs, "follow", follow, "show what Codex does, until the task has ended", "timeout"
+    )
     one.add_argument("id", metavar="ID")
     for name, what in (
         ("cancel", "end tasks, whatever they are doing"),
@@ -129,6 +134,15 @@ def _session(verbs: Verbs[argparse.ArgumentParser]) -> None:
 def _memory(found: argparse.ArgumentParser) -> None:
     found.add_argument("--explain", action="store_true", help="also scores and matched terms")
     found.add_argument("words", nargs="+", metavar="WORDS", help="- reads them from standard input")
+
+
+def _view(args: argparse.Namespace) -> View:
+    """The state; a mistyped --root is not an empty one."""
+    view = View(directories(args))
+    if not view.dirs.inbox.is_dir():
+        where = f"there is no inbox {view.dirs.inbox}"
+        raise Trouble(Exit.UNAVAILABLE, f"{where}: was `codexd serve` ever started there?")
+    return view
 
 
 # --- serving ----------------------------------------------------------------------
@@ -158,17 +172,18 @@ def ask(args: argparse.Namespace) -> int:
             f"codexd is not serving {view.dirs.state}: start it with `codexd serve` or "
             "`systemctl start codexd`. Nothing was submitted",
         )
+    timeout = _seconds(args.timeout)
     id = _deliver(view, _request(args))
     id = _word(view, id)
     print(f"codexd: task {id}", file=sys.stderr)
     if not well:
         print(f"codexd: it will wait: {report.why(health)}", file=sys.stderr)
-    task = until_ended(view, id, _seconds(args.timeout), report.progress(view.dirs))
+    task = until_ended(view, id, timeout, report.progress(view.dirs))
+    if hasattr(args, "json"):
+        report.dump(task)
+    elif task["state"] == State.DONE:
+        report.answer(view.dirs, task)
     if task["state"] == State.DONE:
-        if hasattr(args, "json"):
-            report.dump(view.task(id) or task)
-        else:
-            report.answer(view.dirs, task)
         return Exit.DONE
     print(f"codexd: {report.sentence(task)}", file=sys.stderr)
     return Exit.FAILED if _ended(task) else Exit.UNFINISHED
@@ -176,12 +191,12 @@ def ask(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace) -> Request:
     """The request of `ask`, checked as a task file is."""
-    text = sys.stdin.read() if args.text == "-" else args.text
+    text = _standard_input() if args.text == "-" else args.text
     values: dict[str, object] = {"prompt": Scalar(text, Form.TEXT)}
     for option in args.option:
         key, found, value = option.partition("=")
-        if not found:
-            raise Trouble(Exit.USAGE, f"-o {option}: it must be KEY=VALUE")
+        if not found or key == "prompt":
+            raise Trouble(Exit.USAGE, f"-o {option}: it must be KEY=VALUE, and no prompt")
         several = [Scalar(part, Form.PLAIN) for part in value.split(",")]
         values[key] = several if key in ("images", "add_dirs") else Scalar(value, Form.PLAIN)
     if args.session is not None:
@@ -192,21 +207,49 @@ def _request(args: argparse.Namespace) -> Request:
     return request if request.title else replace(request, title=_title(request.prompt))
 
 
-def _title(prompt: str) -> str:
+def _standard_input() -> str:
+    """A prompt from standard input, checked as a file of plain text is."""
+    try:
+        return taskfile.parse("-", sys.stdin.buffer.read(_MOST + 1), max_bytes=_MOST).prompt
+    except taskfile.Refused as why:
+        raise Trouble(Exit.USAGE, f"standard input: {why}. Nothing was submitted") from why
+
+
+def _title(text: str) -> str:
     """What a list shows of a task that has no file name."""
-    first = prompt.strip().splitlines()[0]
-    return "".join(c for c in first if c.isprintable())[:80] or "untitled"
+    first = text.strip().splitlines()[0]
+    return "".join(c for c in first if c.isprintable())[:80].strip() or "untitled"
 
 
 def _deliver(view: View, request: Request) -> str:
     id = spool.new_id()
-    spool.deliver(view.dirs.inbox, f"{id}.json", taskfile.dump(request))
+    try:
+        spool.deliver(view.dirs.inbox, f"{id}.json", taskfile.dump(request))
+    except OSError as error:
+        raise _undelivered(view.dirs.inbox, error) from error
     return id
 
 
-def _word(view: View, id: str) -> str:
+def _control(inbox: Path, name: str) -> None:
+    try:
+        spool.deliver_control(inbox, name)
+    except OSError as error:
+        raise _undelivered(inbox, error) from error
+
+
+def _undelivered(inbox: Path, error: OSError) -> Trouble:
+    """Why the inbox did not take a file."""
+    if isinstance(error, PermissionError):
+        why = "you may not put files there; those of its group may"
+        return Trouble(Exit.PERMISSION, f"{inbox}: {why}")
+    if isinstance(error, FileNotFoundError):
+        return Trouble(Exit.UNAVAILABLE, f"there is no inbox {inbox}: was codexd started here?")
+    return Trouble(Exit.UNAVAILABLE, f"{inbox}: {error.strerror}")
+
+
+def _word(view: View, id: str, seconds: float = _WORD) -> str:
     """Wait for the master's word; the id that stands for what was submitted."""
-    end = time.monotonic() + _WORD
+    end = time.monotonic() + seconds
     while not view.accepted(id) and time.monotonic() < end:
         time.sleep(POLL)
         view.refresh()
@@ -219,31 +262,51 @@ def _word(view: View, id: str) -> str:
 
 
 def submit(args: argparse.Namespace) -> int:
-    view = View(directories(args))
+    view = _view(args)
     serving = view.health()[1]["status"] != "down"
     requests = [_read_task(name) for name in args.files]
     ids = [_deliver(view, request) for request in requests]
+    refused: list[str] = []
     if serving:
-        ids = [_word(view, id) for id in ids]
+        ids, refused = _words(view, ids, args.files)
     else:
         print("codexd: not serving now; the tasks wait in the inbox", file=sys.stderr)
     if hasattr(args, "json"):
         report.dump(ids)
     else:
-        print("\n".join(ids))
+        print("".join(f"{id}\n" for id in ids), end="")
+    if refused:
+        raise Trouble(Exit.FAILED, "; ".join(refused))
     return Exit.DONE
+
+
+def _words(view: View, ids: list[str], names: list[str]) -> tuple[list[str], list[str]]:
+    """The ids of what was accepted, and why the rest was not."""
+    accepted: list[str] = []
+    refused: list[str] = []
+    wait = _WORD
+    for id, name in zip(ids, names, strict=True):
+        try:
+            accepted.append(_word(view, id, wait))
+            if not view.accepted(id):
+                wait = 0.0  # a full queue takes none of them
+        except Trouble as why:
+            refused.append(f"{name}: {why}")
+    return accepted, refused
 
 
 def _read_task(name: str) -> Request:
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         if name == "-":
-            return taskfile.parse("-.md", data)
-        request = taskfile.parse(os.path.basename(name), data)
-        title = "".join(c for c in os.path.basename(name) if c.isprintable())[:80]
+            return taskfile.parse("-.md", sys.stdin.buffer.read(_MOST + 1), max_bytes=_MOST)
+        with open(name, "rb") as file:
+            data = file.read(_MOST + 1)
+        request = taskfile.parse(os.path.basename(name), data, max_bytes=_MOST)
+        title = _title(os.path.basename(name))
         return request if request.title else replace(request, title=title)
     except OSError as error:
-        raise Trouble(Exit.FAILED, f"{name}: {error.strerror}. Nothing was submitted") from error
+        status = Exit.PERMISSION if isinstance(error, PermissionError) else Exit.FAILED
+        raise Trouble(status, f"{name}: {error.strerror}. Nothing was submitted") from error
     except taskfile.Refused as why:
         raise Trouble(Exit.FAILED, f"{name}: {why}. Nothing was submitted") from why
 
@@ -258,13 +321,14 @@ def _ended(task: Json) -> bool:
 def _task_of(view: View, id: str) -> Json:
     found = view.task(id)
     if found is None:
+        verdict = view.verdict(id)
+        if verdict and verdict.kind is Note.REJECTED:
+            raise Trouble(Exit.FAILED, f"{id} was rejected: {verdict.facts.get('reason')}")
         raise Trouble(Exit.NO_TASK, f"there is no task {id}")
     return found
 
 
-def until_ended(
-    view: View, id: str, timeout: float | None, told: Callable[[Json], None]
-) -> Json:
+def until_ended(view: View, id: str, timeout: float | None, told: Callable[[Json], None]) -> Json:
     """The task as it ended, or as it was at the timeout (seconds)."""
     end = None if timeout is None else time.monotonic() + timeout
     while True:
@@ -285,21 +349,21 @@ def _seconds(text: str | None) -> float | None:
 
 
 def task_list(args: argparse.Namespace) -> int:
-    view = View(directories(args))
+    view = _view(args)
     tasks = view.short_list(args.state, args.session)
     report.dump(tasks) if hasattr(args, "json") else report.table(tasks)
     return Exit.DONE
 
 
 def show(args: argparse.Namespace) -> int:
-    view = View(directories(args))
+    view = _view(args)
     task = _task_of(view, args.id)
     report.dump(task) if hasattr(args, "json") else report.task(view.dirs, task)
     return Exit.DONE
 
 
 def wait(args: argparse.Namespace) -> int:
-    view = View(directories(args))
+    view = _view(args)
     timeout, began = _seconds(args.timeout), time.monotonic()
     tasks = []
     for id in args.ids:
@@ -316,25 +380,25 @@ def _status(tasks: Sequence[Json]) -> Exit:
 
 
 def follow(args: argparse.Namespace) -> int:
-    view = View(directories(args))
+    view = _view(args)
     follower = report.progress(view.dirs, sys.stdout)
     task = until_ended(view, args.id, _seconds(args.timeout), follower)
     return _status([task])
 
 
 def control(args: argparse.Namespace) -> int:
-    view = View(directories(args))
+    view = _view(args)
     for id in args.ids:
         task = _task_of(view, id)
         if args.control == "retry" and not _ended(task):
             raise Trouble(Exit.FAILED, f"task {id} has not ended; cancel it first, or wait")
     for id in args.ids:
-        spool.deliver_control(view.dirs.inbox, f"{id}.{args.control}")
+        _control(view.dirs.inbox, f"{id}.{args.control}")
     return Exit.DONE
 
 
 def gate(args: argparse.Namespace) -> int:
-    spool.deliver_control(directories(args).inbox, f"all.{args.verb}")
+    _control(directories(args).inbox, f"all.{args.verb}")
     return Exit.DONE
 
 
@@ -342,13 +406,13 @@ def gate(args: argparse.Namespace) -> int:
 
 
 def session_list(args: argparse.Namespace) -> int:
-    sessions = View(directories(args)).sessions()
+    sessions = _view(args).sessions()
     report.dump(sessions) if hasattr(args, "json") else report.sessions(sessions)
     return Exit.DONE
 
 
 def session_show(args: argparse.Namespace) -> int:
-    found = View(directories(args)).session(args.name)
+    found = _view(args).session(args.name)
     if found is None:
         raise Trouble(Exit.NO_TASK, f"there is no session {args.name}")
     report.dump(found) if hasattr(args, "json") else report.session(found)
@@ -356,11 +420,14 @@ def session_show(args: argparse.Namespace) -> int:
 
 
 def session_reset(args: argparse.Namespace) -> int:
-    view = View(directories(args))
+    view = _view(args)
     if view.session(args.name) is None:
         raise Trouble(Exit.NO_TASK, f"there is no session {args.name}")
-    name = quote(args.name, safe="").replace(".", "%2E")  # a leading dot would be ignored
-    spool.deliver_control(view.dirs.inbox, f"{name}.reset")
+    name = taskfile.Control(taskfile.Verb.RESET, args.name).name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        why = "its name is too long for a control file; say `resume: never` in its next task"
+        raise Trouble(Exit.FAILED, f"session {args.name}: {why}")
+    _control(view.dirs.inbox, name)
     return Exit.DONE
 
 
@@ -368,7 +435,8 @@ def memory(args: argparse.Namespace) -> int:
     from codexd import memory as notes
 
     settings = load(args)
-    text = sys.stdin.read() if args.words == ["-"] else " ".join(args.words)
+    given = sys.stdin.buffer.read(_MOST).decode("utf-8", "replace") if args.words == ["-"] else ""
+    text = given or " ".join(args.words)
     found = notes.search(
         list(settings.memory.paths),
         str(settings.workdir),
@@ -421,8 +489,16 @@ def check(args: argparse.Namespace) -> int:
 def main() -> None:
     """Run the verb; every failure is one line on stderr and an exit status."""
     args = parser().parse_args()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        sys.exit(args.run(args))
+        status = args.run(args)
+        sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:
+        # Who read us has seen enough.  Python writes once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Trouble as trouble:
         _die(trouble.status, str(trouble))
     except taskfile.Refused as why:
@@ -436,11 +512,11 @@ def main() -> None:
     except (LedgerBroken, OSError) as error:
         _die(Exit.UNAVAILABLE, str(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _die(status: Exit, text: str) -> None:
-    print(f"codexd: {text}", file=sys.stderr)
+    print(f"codexd: {report.clean(text)}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -7,6 +7,7 @@ rejected with its reason, like any other file.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Mapping
 
 from codexd import clock, place, session, spool, taskfile
@@ -15,7 +16,7 @@ from codexd.finish import Finish
 from codexd.gate import HOLD, Keeper
 from codexd.launcher import Processes
 from codexd.ledger import Ledger
-from codexd.model import Event, Kind, Note, State, Task, apply
+from codexd.model import Event, Kind, Note, State, Task, apply, is_id
 from codexd.outcome import Outcome
 
 Record = Callable[[list[Event]], None]
@@ -56,20 +57,22 @@ class Controls:
             control = taskfile.control(name)
         except taskfile.Refused:
             return False  # the intake rejects it with this very reason
-        if control is None or self._size(name) != 0:
+        if control is None or not self._is_empty_file(name):
             return False
-        if spool.in_inbox(self.dirs, control.target):
+        if is_id(control.target) and spool.in_inbox(self.dirs, control.target):
             return True  # its task is taken in this round, it is obeyed in the next
         if not self._obey(control, record):
             return False
-        (self.dirs.inbox / name).unlink(missing_ok=True)
-        return True
+        if control.verb != "hold" or self.keeper.remembered:
+            (self.dirs.inbox / name).unlink(missing_ok=True)
+        return True  # on a full disk the file itself has to remember the hold
 
-    def _size(self, name: str) -> int | None:
+    def _is_empty_file(self, name: str) -> bool:
         try:
-            return (self.dirs.inbox / name).lstat().st_size
+            found = (self.dirs.inbox / name).lstat()
         except FileNotFoundError:
-            return None
+            return False
+        return stat.S_ISREG(found.st_mode) and not found.st_size
 
     def _obey(self, control: taskfile.Control, record: Record) -> bool:
         """Whether it was obeyed; False for one that has no task to act on."""
@@ -93,7 +96,10 @@ class Controls:
         if verb == "hold":
             self.keeper.close(HOLD, "held by hand; `codexd release` lets work go on")
         else:
+            kept = not self.keeper.remembered
             self.keeper.release()
+            if kept:
+                (self.dirs.inbox / "all.hold").unlink(missing_ok=True)
 
     def _change(self, task: Task, verb: str) -> list[Event]:
         """The events that a verb means for a live task."""

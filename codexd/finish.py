@@ -67,7 +67,8 @@ class Finish:
         try:
             found = place.result(self.dirs, task.id, task.launches)
         except ValueError as damage:
-            text = f"the attempt's result is damaged and was not acted on: {damage}"
+            name = f"tasks/{task.id}/{task.launches}/result.json"
+            text = f"{name} is damaged and was not acted on: {damage}"
             return Result(Outcome.UNKNOWN, text, task.thread)
         if found is not None:
             return _checked(found, task)
@@ -216,9 +217,12 @@ class Finish:
             return []
         try:
             told = place.status(self.dirs, task.id) or {}
-            kind, outcome = Kind(str(told.get("state"))), Outcome(str(told.get("outcome")))
+            kind, outcome = Kind(State(str(told.get("state")))), Outcome(str(told.get("outcome")))
         except ValueError as damage:
-            kind, outcome, told = Kind.FAILED, Outcome.UNKNOWN, {"message": str(damage)}
+            text = f"{place.archived(self.dirs, task.id)}/status.json is damaged: {damage}"
+            kind, outcome, told = Kind.FAILED, Outcome.UNKNOWN, {"message": text}
+        if not State(kind).ended:
+            return []
         now, events = clock.now(), []
         if kind is Kind.DONE and task.state is State.WAITING:
             events.append(Event(now, Kind.QUEUED, task.id))

@@ -45,10 +45,16 @@ class Keeper:
         self._seen: tuple[object, ...] = ()
         self._login: tuple[object, ...] = ()
         self._look_at = 0.0
+        self._ask_at = 0.0
 
     @property
     def closed(self) -> dict[str, Mapping[str, object]]:
         return {**self.ledger.book.gate, **self._unwritten}
+
+    @property
+    def remembered(self) -> bool:
+        """Whether a hold would outlive us: its line is in the ledger, or there is none."""
+        return HOLD not in self._unwritten
 
     def gate(self, now: float) -> Gate:
         """What dispatch has to know; `now` is monotonic seconds."""
@@ -110,32 +116,46 @@ class Keeper:
     def look(self, now: float) -> None:
         """Whether Codex and the disk are as they must be."""
         self._look_at_disk()
+        self._write_down()
         if now >= self._look_at or not self.binary:
             self._look_at = now + _LOOK
-            self._look_for_codex()
+            self._look_for_codex(now)
         self._look_at_login()
+
+    def _write_down(self) -> None:
+        """Say in the ledger what it had no room for."""
+        for facts in list(self._unwritten.values()):
+            known = {k: v for k, v in facts.items() if k != "since"}
+            try:
+                self.ledger.append([Event(clock.now(), Note.CLOSED, facts=known)])
+            except LedgerFull:
+                return
+            del self._unwritten[str(facts["reason"])]
 
     def _look_at_disk(self) -> None:
         least = self.config.limits.disk_free
         free = spool.free_bytes(self.config.dirs.ledger.parent)
         if free < least:
-            text = f"less than {least >> 20} MiB free below {self.config.dirs.ledger.parent}"
+            text = f"less than {_size(least)} free below {self.config.dirs.ledger.parent}"
             self.close(DISK, text + "; make room, work goes on by itself (limits.disk_free)")
         elif DISK in self.closed:
             self.open(DISK)
 
-    def _look_for_codex(self) -> None:
+    def _look_for_codex(self, now: float) -> None:
         try:
             binary = codex.find(self.config.codex.bin, os.environ.get("PATH"))
             found = os.stat(binary)
             seen = (binary, found.st_ino, found.st_mtime_ns, found.st_size)
-            if seen != self._seen:
+            if seen == self._seen and now < self._ask_at:
+                return  # what it said stands: to ask costs a process
+            if seen != self._seen or not self.binary:
+                self._seen, self._ask_at = seen, now + _LOOK
                 version = codex.version(binary, codex.environment(os.environ, self.home, []))
                 self.version = ".".join(map(str, version))
-                self._seen, self.binary = seen, binary
+                self.binary = binary
                 self.told("codex.found", bin=binary, version=self.version)
         except (codex.Missing, OSError) as problem:
-            self.binary, self._seen = "", ()
+            self.binary = self.version = ""
             self.close(CODEX, str(problem))
         else:
             self.open(CODEX)
@@ -159,6 +179,14 @@ class Keeper:
             self.env_keys = []
         except (OSError, ValueError) as problem:
             self.told("codex.config", problem=str(problem))
+
+
+def _size(bytes: int) -> str:
+    """A size as it is written in codexd.yaml."""
+    for shift, unit in ((30, "G"), (20, "M"), (10, "K")):
+        if bytes >= 1 << shift and not bytes % (1 << shift):
+            return f"{bytes >> shift}{unit}"
+    return str(bytes)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -29,6 +29,7 @@ import struct
 import sys
 import traceback
 from asyncio import StreamReader, StreamWriter
+from itertools import chain
 
 from codexd import sockets
 from codexd.api import Api
@@ -57,6 +58,7 @@ class Link:
         self.reader = reader
         self.writer = writer
         self.buffer = bytearray()  # what was received and not yet understood
+        self.head: Head | None = None  # of the request that is being answered
         sock = writer.get_extra_info("socket")
         self.local = sock.family == socket.AF_UNIX
         self.uid = _peer(sock) if self.local else None
@@ -94,7 +96,9 @@ class Server:
         self.token = token
         self._stop = asyncio.Event()
         self._links: dict[Link, asyncio.Task[None]] = {}
-        self._unready: dict[Link, None] = {}  # those we wait for; the longest first
+        # Those we wait for, the longest first: for a request, for a reply to be taken.
+        self._unready: dict[Link, None] = {}
+        self._taking: dict[Link, None] = {}
 
     def stop(self) -> None:
         self._stop.set()
@@ -129,48 +133,56 @@ class Server:
         task.add_done_callback(lambda _done: self._links.pop(link, None))
 
     def _made_room(self) -> bool:
-        """Close the connection that has kept us waiting longest, if there is one.
-
-        For a request, or for its reply to be taken; never one that we work for.
-        """
-        oldest = next(iter(self._unready), None)
+        """Close a connection that keeps us waiting, if there is one; never one we work for."""
+        oldest = next(chain(self._unready, self._taking), None)
         if oldest is None:
             return False
-        del self._unready[oldest]
+        self._forget(oldest)
         del self._links[oldest]
         oldest.abort()
         return True
+
+    def _forget(self, link: Link) -> None:
+        self._unready.pop(link, None)
+        self._taking.pop(link, None)
 
     async def _serve(self, link: Link, welcome: bool) -> None:
         """Everything about one connection."""
         try:
             if not welcome:
-                busy = Problem(503, "busy", "too many connections; try again later", RETRY)
-                await self._reply(link, None, busy.reply, keep=False)
+                await self._refuse(link, Problem(503, "busy", "too many connections", RETRY))
             while welcome and await self._exchange(link):
                 pass
-            await self._linger(link)
         except (Gone, TimeoutError, OSError):
             pass  # the client went, or would go on for ever: there is nobody to tell
         finally:
-            self._unready.pop(link, None)
+            self._forget(link)
             link.abort()
 
     async def _exchange(self, link: Link) -> bool:
-        """One request and its reply; whether another may follow.
-
-        None may where the request was not read to its end.
-        """
-        head: Head | None = None
-        keep = False
+        """One request and its reply; whether another may follow."""
         try:
             head, call, body = await self._receive(link)
-            answer = await self._do(call, body)
-            keep = head.keep and not self._stop.is_set()
         except Problem as problem:
-            answer = problem.reply
-        await self._reply(link, head, answer, keep)
+            await self._refuse(link, problem)
+            return False
+        answer = await self._do(call, body)
+        keep = head.keep and not self._stop.is_set()
+        await self._reply(link, answer, keep)
         return keep
+
+    async def _refuse(self, link: Link, problem: Problem) -> None:
+        """Reply to what was not read to its end, and read what still comes of it.
+
+        Closing a socket with unread data would reset the reply away.
+        """
+        await self._reply(link, problem.reply, keep=False)
+        self._unready[link] = None
+        link.writer.write_eof()
+        left = _LINGER_BYTES
+        async with asyncio.timeout(_LINGER):
+            while left > 0 and (chunk := await link.reader.read(_CHUNK)):
+                left -= len(chunk)
 
     async def _do(self, call: Call, body: bytes) -> Reply:
         """The Api's answer; for a bug of ours a short sentence, and the rest to the log."""
@@ -190,12 +202,14 @@ class Server:
     async def _receive(self, link: Link) -> tuple[Head, Call, bytes]:
         """A whole request, and what it asks for.  Raises Problem, Gone."""
         self._unready[link] = None
-        begun = False
+        link.head = None
+        begun = bool(link.buffer)
         try:
             async with asyncio.timeout(DEADLINE):
                 while (head := take(link.buffer)) is None:
                     await link.fill()
                     begun = True
+                link.head = head
                 call = admit(head, None if link.local else self.token)
                 body = await self._body(link, head)
         except TimeoutError:
@@ -204,7 +218,7 @@ class Server:
             slow = f"the request was not complete within {DEADLINE:g} s"
             raise Problem(408, "slow", slow) from None
         finally:
-            self._unready.pop(link, None)
+            self._forget(link)
         return head, call, body
 
     async def _body(self, link: Link, head: Head) -> bytes:
@@ -216,23 +230,15 @@ class Server:
         del link.buffer[: head.length]
         return body
 
-    async def _reply(self, link: Link, head: Head | None, answer: Reply, keep: bool) -> None:
+    async def _reply(self, link: Link, answer: Reply, keep: bool) -> None:
         self.api.counts[answer.status] += 1
+        head = link.head
         if head and head.method == "POST":
             about = {"path": head.path[:200], "status": answer.status, "uid": link.uid}
             self.service.log(Level.INFO, "http.post", **about)
-        self._unready[link] = None  # who does not take a reply makes room as well
+        self._taking[link] = None
         await link.send(render(answer, keep=keep, body=not head or head.method != "HEAD"))
-        self._unready.pop(link, None)
-
-    async def _linger(self, link: Link) -> None:
-        """Read what is still coming: closing before would reset the reply away."""
-        self._unready[link] = None
-        link.writer.write_eof()
-        left = _LINGER_BYTES
-        async with asyncio.timeout(_LINGER):
-            while left > 0 and (chunk := await link.reader.read(_CHUNK)):
-                left -= len(chunk)
+        self._forget(link)
 
 
 # --- the program ------------------------------------------------------------------------

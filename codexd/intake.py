@@ -16,6 +16,7 @@ from itertools import islice
 
 from codexd import clock, place, spool, taskfile
 from codexd.config import Config
+from codexd.document import UNPRINTABLE
 from codexd.ledger import Ledger
 from codexd.model import Event, Kind, Note, Request
 
@@ -47,6 +48,7 @@ class Intake:
         self.settled = settled
         self.full = False  # the queue is at its limit; files stay in the inbox
         self.more = False  # settled files were left for the next round
+        self._unsettled: dict[str, Event | None] = {}  # in the ledger, but not yet moved away
 
     def take(self, names: list[str], leftover: list[str], now: float) -> list[Event]:
         """Accept or reject what is settled; the events, already in the ledger."""
@@ -62,10 +64,13 @@ class Intake:
         ids = [*leftover[:BATCH], *claimed]
         wanted = dict(pairs)
         events = [self._examine(id, wanted.get(id)) for id in ids]
-        self.ledger.append([e for e in events if e])
+        fresh = [e for id, e in zip(ids, events, strict=True) if e and id not in self._unsettled]
+        self.ledger.append(fresh)
+        self._unsettled.update(zip(ids, events, strict=True))
         for id, event in zip(ids, events, strict=True):
             self._settle(id, event)
-        return [e for e in events if e]
+            del self._unsettled[id]
+        return fresh
 
     def _id_for(self, name: str) -> str:
         wanted = spool.wanted_id(name)
@@ -75,7 +80,9 @@ class Intake:
         return id in self.ledger.book.tasks or place.known(self.dirs, id)
 
     def _examine(self, id: str, name: str | None) -> Event | None:
-        """The ledger event for a claimed file; None if it already has one."""
+        """The ledger event for a claimed file; None if it is a task already."""
+        if id in self._unsettled:
+            return self._unsettled[id]
         if self._used(id):
             return None
         name = name or spool.dropped_name(self.dirs, id)
@@ -83,7 +90,7 @@ class Intake:
         try:
             return self._accept(id, name, now)
         except (Refusal, taskfile.Refused, spool.Unreadable) as reason:
-            facts: dict[str, object] = {"file": name, "reason": str(reason)[:500], "id": id}
+            facts: dict[str, object] = {"file": name, "reason": _one_line(reason), "id": id}
             return Event(now, Note.REJECTED, facts=facts)
         except Repeat as first:
             facts = {"file": name, "key": first.key, "first": first.id, "id": id}
@@ -128,10 +135,12 @@ class Intake:
             found = place.load_archived(self.dirs, of)
         except FileNotFoundError:
             raise Refusal(f"there is no task {of}") from None
-        request = found.get("request")
-        if not isinstance(request, dict):
-            raise Refusal(f"the record of task {of} is damaged")
-        again = Request.from_json(request)
+        except ValueError as damage:
+            raise Refusal(f"the record of task {of} is damaged: {damage}") from damage
+        try:
+            again = Request.from_json(found["request"])  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError, AttributeError) as damage:
+            raise Refusal(f"the record of task {of} is damaged: {damage}") from damage
         return replace(again, key=None, session=again.session or of), of
 
     def _allowed(self, request: Request) -> None:
@@ -155,7 +164,10 @@ class Intake:
         return os.path.join(self.config.workdir, asked) if asked else str(self.config.workdir)
 
     def _keyed(self, id: str, key: str, sha256: str) -> None:
-        found = place.keyed(self.dirs, key)
+        try:
+            found = place.keyed(self.dirs, key)
+        except ValueError as damage:
+            raise Refusal(f"what key {key!r} stands for is lost: {damage}; move it away") from damage
         if found is None:
             place.remember_key(self.dirs, key, place.Keyed(id, sha256))
         elif found.id != id:
@@ -183,3 +195,9 @@ class Intake:
             "limit": request.attempts or self.config.attempts,
         }
         return Event(now, Kind.QUEUED, id, facts)
+
+
+def _one_line(reason: Exception) -> str:
+    """What is written to the ledger, the log and NAME.reason: harmless in a terminal."""
+    text = UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], str(reason))
+    return text[:500]

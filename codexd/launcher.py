@@ -55,6 +55,9 @@ class Processes:
         fd = os.open(self._path(id), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Nothing of an attempt before is left; the next holder is not to be killed.
+            self._orphans.pop(id, None)
+            self._strays.pop(id, None)
             self._children[id] = subprocess.Popen(
                 self.command(id),
                 stdin=self._alive,

@@ -28,11 +28,11 @@ from codexd import __version__, clock, dispatch, lock, place, prompt, session, s
 from codexd.config import Config, ConfigError
 from codexd.control import Controls
 from codexd.finish import Finish, Finished
-from codexd.gate import Keeper
+from codexd.gate import DISK, Keeper
 from codexd.intake import Intake
 from codexd.launcher import Processes
 from codexd.ledger import Ledger, LedgerBroken, LedgerFull
-from codexd.model import Event, Kind, Note, Request, Resume, State, Task
+from codexd.model import Event, Kind, Note, Request, Resume, State, Task, is_id
 from codexd.outcome import Outcome
 from codexd.program import Exit, load, options
 from codexd.service import Level, Service
@@ -41,7 +41,10 @@ SCAN = 3.0  # seconds between looks into the inbox without a hint
 STOP = 12.0  # seconds for workers to end with the daemon
 HEARTBEAT = 16384  # bytes: a file of one size can be rewritten on a full disk
 _CHECKPOINT = 4 << 20  # bytes of ledger after which the short cut is renewed
-_HOST = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE})
+_HOST = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE,
+    errno.EACCES, errno.EPERM,
+})  # fmt: skip
 
 
 class Master:
@@ -61,6 +64,7 @@ class Master:
         self.controls = Controls(config, self.ledger, self.launcher, self.keeper, self.finish)
         self.setpriv = shutil.which("setpriv")
         self.trouble: str | None = None  # what the host refused in the last round
+        self._told: str | None = None  # and what was logged of it
         self.stop_at: float | None = None
         self.beside: Callable[[], None] | None = None  # what else this process tends
         self._wake_at: dict[str, float] = {}
@@ -94,7 +98,10 @@ class Master:
         if self.ledger.torn:
             self.warn("ledger.torn", cut_bytes=self.ledger.torn)
         facts = {"version": __version__, "pid": os.getpid(), "tasks": len(book.tasks)}
-        self.record([Event(clock.now(), Note.STARTED, facts=facts)])
+        try:
+            self.record([Event(clock.now(), Note.STARTED, facts=facts)])
+        except LedgerFull as full:
+            self.refused(full)  # the first round closes the gate
         for task in list(book.tasks.values()) if book.damaged else ():
             self.record(self.finish.retold(task))
         for id in sorted(p.name for p in self.dirs.tasks.iterdir()):
@@ -105,10 +112,13 @@ class Master:
         """A directory of no live task: ended, being taken, or never taken."""
         if (self.dirs.inbox / (spool.TAKE + id)).exists():
             return
-        if (self.dirs.tasks / id / "status.json").exists():
+        if not is_id(id):
+            self.warn("not.ours", path=self.dirs.tasks / id, why="no task; left as it is")
+        elif (self.dirs.tasks / id / "status.json").exists():
             place.archive(self.dirs, id)
         elif (self.dirs.tasks / id / "task.json").exists():
-            self.warn("task.unknown", task=id, why="the ledger has no line of it; left as it is")
+            why = "the ledger's line of it is lost; left as it is: drop it again if it is wanted"
+            self.warn("task.unknown", task=id, why=why)
         else:
             spool.discard(self.dirs, id)
 
@@ -123,13 +133,19 @@ class Master:
         except OSError as error:
             if not isinstance(error, LedgerFull) and error.errno not in _HOST:
                 raise
-            if self.trouble != str(error):
-                self.service.log(Level.ERROR, "host.refuses", what=str(error))
-            self.trouble = str(error)
+            self.refused(error)
         self.beat()
+        self._told = self.trouble
         if self.beside:
             self.beside()
         return self._pause(now)
+
+    def refused(self, error: OSError) -> None:
+        """The host does not let us go on; it is tried again, and told once."""
+        self.trouble = sentence(error)
+        if self._told != self.trouble:
+            self._told = self.trouble
+            self.service.log(Level.ERROR, "host.refuses", what=self.trouble)
 
     def round(self, now: float) -> None:
         self.watch.tend()
@@ -137,8 +153,9 @@ class Master:
         self.settled.prune(names)
         names = self.controls.obey(names, self.record)
         self.keeper.look(now)
-        for event in self.intake.take(names, leftover, now):
-            self.say(event)
+        if DISK not in self.keeper.closed:
+            for event in self.intake.take(names, leftover, now):
+                self.say(event)
         self.collect()
         self.awake(now)
         self.dispatch(now)
@@ -319,13 +336,15 @@ class Master:
         told = self.summary()
         self.service.status(_one_line(told))
         data = json.dumps(told).encode()[:HEARTBEAT].ljust(HEARTBEAT)
-        fd = os.open(self.dirs.heartbeat, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
-            os.pwrite(fd, data, 0)
+            fd = os.open(self.dirs.heartbeat, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            try:
+                os.pwrite(fd, data, 0)
+                os.ftruncate(fd, HEARTBEAT)  # should somebody have made it longer
+            finally:
+                os.close(fd)
         except OSError as error:
-            self.trouble = self.trouble or f"cannot write {self.dirs.heartbeat}: {error}"
-        finally:
-            os.close(fd)
+            self.refused(error)
 
     def _pause(self, now: float) -> float:
         if self.trouble:
@@ -352,6 +371,12 @@ class Master:
         self.record([Event(clock.now(), Note.STOPPED)])
         self.ledger.checkpoint()
         raise StopIteration
+
+
+def sentence(error: OSError) -> str:
+    """Where and what."""
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename else what
 
 
 def _mapping(value: object) -> dict[str, object]:
@@ -395,13 +420,15 @@ def serve(config: Config, service: Service, started: Callable[[Master], None]) -
     try:
         run(config, service, started)
     except lock.Locked:
-        service.log(Level.ERROR, "already.served", root=config.dirs.ledger.parent)
+        why = f"another codexd serves {config.dirs.state}; stop that one, or serve another --root"
+        service.log(Level.ERROR, "already.served", why=why)
         return Exit.UNAVAILABLE
     except PermissionError as error:
         service.log(Level.ERROR, "no.permission", path=error.filename, why=error.strerror)
         return Exit.PERMISSION
     except (LedgerBroken, OSError) as error:
-        service.log(Level.ERROR, "cannot.go.on", why=str(error))
+        why = sentence(error) if isinstance(error, OSError) else str(error)
+        service.log(Level.ERROR, "cannot.go.on", why=why)
         return Exit.UNAVAILABLE
     return Exit.DONE
 

@@ -1,8 +1,8 @@
 """GET /openapi.json: the HTTP interface for programs, in OpenAPI 3.1.
 
-Written by hand.  Tests hold it against the routes, the keys of a task file and
-the fields of a task; it says nothing of the token, which only TCP needs, in
-`security` as optional.
+Written by hand; tests hold it against the routes, the keys of a task file, the
+fields of a task and the manual.  The token is optional in it, because only TCP
+needs one.
 """
 
 from __future__ import annotations

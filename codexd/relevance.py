@@ -70,7 +70,7 @@ WORDS, WORDS_EDGE, WORDS_MIDDLE = 80, 20, 2  # in all; of first and last; of the
 
 K1, B = 1.2, 0.75
 AVERAGE = 700  # a section's usual length, bytes
-W_TOTAL = 0.05  # of a sum over all passages, beside the best passage
+W_EDGE = 1.25  # the first and the last passage against the others
 SPREAD = 0.7  # n hits in a file stand in about n**SPREAD sections
 
 
@@ -230,20 +230,17 @@ class Scorer:
         Of several passages the best one counts, by how much of it is there: a
         note that answers the question beats one with a word from everywhere.
         """
-        idf, norm, total = self.idf, K1 * (1 - B + B * length), 0.0
+        idf, norm = self.idf, K1 * (1 - B + B * length)
         if len(self._passages) == 1:
-            for term, n in tally.items():
-                total += idf[term] * n / (n + norm)
-            return total
+            return sum(idf[term] * n / (n + norm) for term, n in tally.items())
         sums, shares = [0.0] * len(self._passages), [0.0] * len(self._passages)
         for term, n in tally.items():
             gain = idf[term] * n / (n + norm)
-            total += gain
             for i in self._where[term]:
                 sums[i] += gain
                 shares[i] += idf[term]
-        best = max(a * b / c for a, b, c in zip(sums, shares, self._passages, strict=True))
-        return best + W_TOTAL * total
+        best = [a * b / c for a, b, c in zip(sums, shares, self._passages, strict=True)]
+        return max(W_EDGE * best[0], W_EDGE * best[-1], *best)
 
 
 def _weight(term: str) -> float:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from codexd.memory import Found
 
 _SHORT = 60  # characters of a title in a table
+# Spaces and joiners of many scripts: no letters, so not "printable", but no danger.
+_HARMLESS = "\u00a0\u00ad\u2002\u2003\u2009\u200a\u200c\u200d\u202f\u3000"
 
 
 def dump(value: object) -> None:
@@ -31,7 +33,7 @@ def dump(value: object) -> None:
 
 def clean(text: object, breaks: bool = False) -> str:
     """Text without anything that steers a terminal."""
-    keep = "\n\t" if breaks else ""
+    keep = _HARMLESS + ("\n\t" if breaks else "")
     return "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape", "replace").decode()
         for c in str(text)
@@ -62,8 +64,8 @@ def answer(dirs: Directories, task: Json) -> None:
 def _from_file(dirs: Directories, task: Json) -> str:
     """An answer too long for JSON, out of its file: what follows the front matter."""
     name = os.path.basename(str(task["answer_file"]))
-    text = (dirs.answers / name).read_text("utf-8", "replace")
-    return text.partition("\n---\n")[2]
+    data = (dirs.answers / name).read_bytes()  # as text, its line ends would be changed
+    return data.partition(b"\n---\n")[2].decode("utf-8", "replace")
 
 
 def sentence(task: Json) -> str:
@@ -86,7 +88,11 @@ def task(dirs: Directories, task: Json) -> None:
         print(f"{key + ':':13}{clean(value)}")
     for key in ("usage", "cost"):
         table = task[key]
-        known = [f"{k}={v}" for k, v in table.items() if v is not None] if isinstance(table, dict) else []
+        known = (
+            [f"{k}={v}" for k, v in table.items() if v is not None]
+            if isinstance(table, dict)
+            else []
+        )
         if known:
             print(f"{key + ':':13}{' '.join(known)}")
     if task["state"] == "done":
@@ -189,9 +195,9 @@ def session(found: Json) -> None:
 def why(health: Json) -> str:
     """The reasons for which work does not go on."""
     gate = health.get("gate")
-    if isinstance(gate, dict) and gate:
+    if isinstance(gate, dict) and gate and health["status"] != "down":
         return clean("; ".join(_reason(k, v) for k, v in gate.items()))
-    return clean(health.get("trouble") or health.get("message") or health["status"])
+    return clean(health.get("message") or health.get("trouble") or health["status"])
 
 
 def _reason(name: str, facts: object) -> str:

@@ -71,6 +71,8 @@ def prepare(dirs: Directories) -> None:
 
 
 def _make(path: Path, mode: int) -> None:
+    if os.path.lexists(path) and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is no directory; move it away", str(path))
     if not path.is_dir():
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(mode)
@@ -157,6 +159,8 @@ class Settled:
         if seen != mark:
             since = now
             self._seen[name] = (now, mark)
+        if found.st_nlink > 1 and now - since < SETTLE:
+            return False  # some deliver with link(2) and then remove the other name
         busy = _being_written(path)
         if busy is None:
             return now - since >= SETTLE
@@ -188,7 +192,7 @@ def _being_written(path: Path) -> bool | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return False  # taking it will say what is wrong
+        return None  # who writes it may let us read it when it is complete
     try:
         # Who opens the file for writing just now makes the kernel send us a signal:
         # by default SIGIO, which kills; this one is ignored by default.
@@ -287,7 +291,11 @@ def claim(dirs: Directories, names: Sequence[tuple[str, str]]) -> list[str]:
     for id, name in chosen.items():
         place = dirs.tasks / id
         place.mkdir(mode=_STATE_MODE, exist_ok=True)
-        durable.write(place / "name", os.fsencode(name))
+        try:
+            durable.write(place / "name", os.fsencode(name))
+        except OSError:
+            discard(dirs, id)  # on a full disk every round would leave one more
+            raise
     durable.sync_directory(dirs.tasks)
     claimed = []
     for id, name in chosen.items():
@@ -331,6 +339,9 @@ def contents(dirs: Directories, id: str, limit: int) -> bytes:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise Unreadable(f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no regular file')}")
+        if found.st_nlink > 1:
+            # Its other name may lie where its dropper may not read, such as our state.
+            raise Unreadable("it has another name (a hard link): drop a copy of it")
         if found.st_size > limit:
             raise Unreadable(f"{found.st_size} bytes; the limit is {limit} (limits.file)")
         with open(fd, "rb", closefd=False) as file:
@@ -360,6 +371,8 @@ def _why_not_opened(path: Path, error: OSError) -> str | None:
         return "it vanished while it was being taken"
     if not stat.S_ISREG(mode):
         return f"it is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}"
+    if error.errno in (errno.ELOOP, errno.ENXIO):
+        return "it was no regular file when it was opened"
     if error.errno == errno.EACCES:
         return "codexd may not read it: chmod g+r (or 644) it and drop it again"
     return None
@@ -367,7 +380,17 @@ def _why_not_opened(path: Path, error: OSError) -> str | None:
 
 def drop(dirs: Directories, id: str) -> None:
     """The taken file has done its duty."""
-    (dirs.inbox / (TAKE + id)).unlink(missing_ok=True)
+    try:
+        (dirs.inbox / (TAKE + id)).unlink(missing_ok=True)
+    except IsADirectoryError:
+        _hide(dirs, id)  # no file of ours: somebody made a directory of this name
+
+
+def _hide(dirs: Directories, id: str) -> Path:
+    """Give what cannot leave the inbox a name that nobody looks at."""
+    hidden = dirs.inbox / f".rejected-{new_id()}"
+    os.rename(dirs.inbox / (TAKE + id), hidden)
+    return hidden
 
 
 def discard(dirs: Directories, id: str) -> None:
@@ -400,8 +423,7 @@ def refuse(dirs: Directories, id: str, name: str, reason: str) -> str:
         pass  # its owner removed it: the reason is all there is to keep
     except PermissionError:
         # Somebody else's directory can get a new name, but no new place.
-        hidden = dirs.inbox / f".rejected-{id}"
-        os.rename(source, hidden)
+        hidden = _hide(dirs, id)
         durable.write(why, f"{reason}\nIt lies in {hidden}\n".encode("utf-8", "replace"))
     durable.sync_directory(dirs.rejected)
     discard(dirs, id)

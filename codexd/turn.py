@@ -2,7 +2,8 @@
 
 Owns the process group of Codex from its start to its end, and the files
 events.jsonl and stderr.txt of the attempt.  Promises: whatever Codex does, the
-turn ends, and at its end nothing of the process group is left.  The clocks are
+turn ends; at its end nothing of the process group is left, and after a stop
+nothing that ran below Codex, in whatever session.  The clocks are
 monotonic: `timeout` for the whole turn; `idle_timeout` without an event, off
 while a tool is at work; GRACE for a Codex that has ended its turn and stays.
 
@@ -50,6 +51,7 @@ class Turn:
         self.status: int | None = None
         self.usage: Any = None
         self.head = self.tail = b""
+        self._lock = f"/workers/{os.path.basename(os.path.dirname(place))}.lock"
         self._step = 0
         self._next_step = 0.0
         if orders.get("setpriv"):
@@ -185,6 +187,9 @@ class Turn:
             # Whoever ended us ended Codex in the same moment: that is no crash of it.
             self.stop_reason = self.stop_reason or "interrupted"
         self.signal(signal.SIGKILL)  # what its tools left running
+        if self.stop_reason or self.status:
+            # Tools have sessions of their own, and nobody may be left to look after them.
+            _end(_heirs(self._lock))
         for fd in list(self._pipes):
             self._drain(fd)
         self._events.close()
@@ -201,6 +206,42 @@ class Turn:
     def _reap(self) -> None:
         _, status, self.usage = os.wait4(self.pid, 0)
         self.status = os.waitstatus_to_exitcode(status)
+
+
+def _heirs(lock: str) -> list[int]:
+    """All that Codex started and left, as a pidfd each: where no unit holds them together,
+    they have inherited from us the lock that the daemon waits for."""
+    here = str(os.getpid())
+    pids = [pid for pid in os.listdir("/proc") if pid.isdigit() and pid != here]
+    return [fd for pid in pids if _holds(pid, lock) and (fd := _pidfd(int(pid))) is not None]
+
+
+def _holds(pid: str, lock: str) -> bool:
+    try:
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            if os.readlink(f"/proc/{pid}/fd/{fd}").endswith(lock):
+                # A daemon that just looks at the file has it open, too, and no lock.
+                with open(f"/proc/{pid}/fdinfo/{fd}") as file:
+                    return "FLOCK" in file.read()
+    except OSError:
+        return False  # it has just ended, or is somebody else's
+    return False
+
+
+def _pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None  # it has just ended
+
+
+def _end(pidfds: list[int]) -> None:
+    for fd in pidfds:
+        try:
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it has ended by itself
+        os.close(fd)
 
 
 class _Kept:

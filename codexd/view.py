@@ -15,10 +15,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from codexd import durable, place, session, spool, taskfile
+from codexd import durable, lock, place, session, spool, taskfile
 from codexd.config import Directories
 from codexd.ledger import Follower
 from codexd.model import Event, State, Task, is_id, to_json
+from codexd.outcome import Outcome
 
 LATE = 15.0  # seconds without a heartbeat after which the master counts as down
 _MONTH = re.compile(r"[0-9]{4}-[0-9]{2}", re.ASCII)
@@ -51,7 +52,7 @@ class View:
         for _ in range(2):
             self.refresh()
             live = self._follower.book.tasks.get(id)
-            found = to_json(live, None, None) if live else place.status(self.dirs, id)
+            found = to_json(live, None, None) if live else self._ended(id)
             found = found or self._waiting(id)
             if found:
                 return found
@@ -65,6 +66,15 @@ class View:
         """Whether the master has said anything of this task yet."""
         book = self._follower.book
         return id in book.tasks or id in book.verdicts or place.known(self.dirs, id)
+
+    def _ended(self, id: str) -> Json | None:
+        """A task that has ended, None if none of this id has."""
+        try:
+            return place.status(self.dirs, id)
+        except ValueError as damage:
+            text = f"{damage}: damaged; the ledger and the answer tell what it came to"
+            known = Task(id, State.FAILED, outcome=Outcome.UNKNOWN, message=text)
+            return to_json(known, None, None)
 
     def _waiting(self, id: str) -> Json | None:
         """A task that is still in the inbox: queued, as far as anybody can tell."""
@@ -90,7 +100,7 @@ class View:
     def short_list(self, state: str | None = None, session: str | None = None) -> list[Json]:
         """Live tasks, and the last fifty that ended, oldest first."""
         self.refresh()
-        ended = (place.status(self.dirs, id) for id in list(self._follower.book.recent))
+        ended = (self._ended(id) for id in list(self._follower.book.recent))
         both = [*(e for e in ended if e), *(to_json(t, None, None) for t in self.live())]
         return [_without_answer(t) for t in both if _matches(t, state, session)]
 
@@ -106,7 +116,7 @@ class View:
         found: list[Json] = []
         for id in self._ids(cursor):
             live = self._follower.book.tasks.get(id)
-            task = to_json(live, None, None) if live else place.status(self.dirs, id)
+            task = to_json(live, None, None) if live else self._ended(id)
             if task and _matches(task, state, session):
                 found.append(_without_answer(task))
                 if len(found) == limit:
@@ -163,7 +173,7 @@ class View:
         which the gate is closed.
         """
         beat = self._heartbeat()
-        if beat is None:
+        if beat is None or not self._served():
             return False, {"status": "down", "message": "the master is not running"}
         gate = beat.get("gate")
         closed = sorted(gate) if isinstance(gate, dict) else []
@@ -171,13 +181,20 @@ class View:
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - float(str(said))
         status = "ok"
         if not 0 <= age < LATE:
-            status = "down"
+            status, beat["message"] = "down", f"no sign of life of the master for {age:.0f} s"
         elif beat.get("trouble"):
             status = "trouble"
         elif closed:
             status = ",".join(closed)
         inbox = self._inbox_depth()
         return status == "ok", {"status": status, **beat, "heartbeat_age": round(age, 1), **inbox}
+
+    def _served(self) -> bool:
+        """Whether a master holds the lock: of one that was killed the heartbeat stays."""
+        try:
+            return lock.is_held(self.dirs.lock)
+        except PermissionError:
+            return True  # not for us to see; then the heartbeat alone tells
 
     def _heartbeat(self) -> Json | None:
         try:

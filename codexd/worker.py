@@ -199,6 +199,9 @@ def perform(attempt: Attempt, wakeup: int) -> None:
         turn = Turn(attempt.place, attempt.reader, attempt.orders, prompt_file, argv, env)
     except (Unfit, ValueError) as problem:
         attempt.finish(Outcome.CONFIG, str(problem))
+    except (TypeError, AttributeError, LookupError) as damage:
+        text = f"the task's record or its orders are damaged: {type(damage).__name__}: {damage}"
+        attempt.finish(Outcome.CONFIG, text)
     except lock.Locked as held:
         attempt.finish(Outcome.THREAD_BUSY, f"{held} is written by another process")
     except OSError as error:

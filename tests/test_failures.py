@@ -17,8 +17,8 @@ import pytest
 
 from codexd import lock
 from codexd.view import View
-from tests.daemon import Daemon, read_answer, until
-from tests.processes import codex_of, gone, kill, naming, worker_of
+from tests.daemon import Daemon, until
+from tests.processes import codex_of, gone, kill, naming
 from tests.scripted_cases import CaseModel, payload
 
 pytestmark = pytest.mark.xdist_group("failures")
@@ -101,11 +101,17 @@ def model() -> Iterator[CaseModel]:
         yield model
 
 
+def prepared(root: Path, model: CaseModel) -> Daemon:
+    """A daemon that is not started yet.  Its HOME has no shell start-up files for Codex to run."""
+    one = Daemon(root, {**model.environment(), "HOME": str(root)}, CONFIG)
+    model.write_config(one.dirs.codex_home)
+    return one
+
+
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory, model: CaseModel) -> Iterator[Daemon]:
     """A daemon with every task of the two tables in its inbox."""
-    one = Daemon(tmp_path_factory.mktemp("failures") / "root", model.environment(), CONFIG)
-    model.write_config(one.dirs.codex_home)
+    one = prepared(tmp_path_factory.mktemp("failures") / "root", model)
     one.dirs.work.mkdir()
     (one.dirs.work / "file").write_text("not a directory")
     (one.dirs.work / "a,b.png").write_bytes(b"")
@@ -429,9 +435,7 @@ def test_a_thread_that_somebody_else_writes_is_waited_for(daemon: Daemon) -> Non
 
 @pytest.fixture
 def gated(tmp_path: Path, model: CaseModel) -> Iterator[Daemon]:
-    one = Daemon(tmp_path / "root", model.environment(), CONFIG)
-    model.write_config(one.dirs.codex_home)
-    with one:
+    with prepared(tmp_path / "root", model) as one:
         yield one
 
 
@@ -478,9 +482,8 @@ def test_only_the_task_that_met_it_goes_back_and_the_others_wait(
         assert (front["outcome"], text, front["attempts"]) == ("done", f"{name} {one}\n", 1)
     assert health(gated)["status"] == "ok"
     assert gated.run("status").returncode == 0
-    assert [model.asked(f"{name} {one}")[-1].number for one in "abc"][0] == min(
-        model.asked(f"{name} {one}")[-1].number for one in "abc"
-    )  # one task finds out before the others start
+    order = [model.asked(f"{name} {one}")[-1].number for one in ("a", "b", "c")]
+    assert order[0] == min(order)  # one task finds out before the others start
 
 
 def open_again(daemon: Daemon, model: CaseModel, reason: str) -> None:

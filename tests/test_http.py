@@ -105,7 +105,9 @@ RAW = {
     "cursor": (f"GET /tasks?cursor=x HTTP/1.1\r\n{HOST}\r\n", 400, "invalid"),
     "query": (f"GET /tasks?session=%ff HTTP/1.1\r\n{HOST}\r\n", 400, "invalid"),
     "wait": (f"GET /tasks/{ID}?wait=61 HTTP/1.1\r\n{HOST}\r\n", 400, "invalid"),
-    "wait 1e1": (f"GET /tasks/{ID}?wait=1e1 HTTP/1.1\r\n{HOST}\r\n", 400, "invalid"),
+    "wait 1e2": (f"GET /tasks/{ID}?wait=1e2 HTTP/1.1\r\n{HOST}\r\n", 400, "invalid"),
+    "wait nan": (f"GET /tasks/{ID}?wait=nan HTTP/1.1\r\n{HOST}\r\n", 400, "invalid"),
+    "wait digits": (f"GET /tasks/{ID}?wait={'9' * 5000} HTTP/1.1\r\n{HOST}\r\n", 400, "invalid"),
     "expect": (f"{POST}Expect: wonders\r\nContent-Length: 2\r\n\r\n", 417, "expect"),
     # the body
     "chunked": (f"{POST}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 501, "transfer-encoding"),
@@ -186,6 +188,12 @@ def test_head_is_get_without_the_body(web: Web) -> None:
         head, get = client.ask("HEAD", "/openapi.json"), client.ask("GET", "/openapi.json")
     assert head.body == b""
     assert {**head.headers, "date": ""} == {**get.headers, "date": ""}
+
+
+def test_a_refused_head_has_no_body_either(web: Web) -> None:
+    with web.connect() as client:
+        assert client.ask("HEAD", "/nothing").status == 404
+        assert client.closed()
 
 
 def test_a_body_that_nobody_reads_is_no_request(web: Web) -> None:
@@ -278,12 +286,14 @@ def test_slow_clients_harm_only_themselves(web: Web) -> None:
                 client.send(fetch)
             except BrokenPipeError:
                 continue
+        took = []
         for _ in range(20):
             begun = time.monotonic()
             assert web.ask("GET", "/health").json["status"] == "down"  # no master here
-            assert time.monotonic() - begun < 2.0
+            took.append(time.monotonic() - begun)
         threads = len(os.listdir(f"/proc/{web.child.pid}/task"))
         assert threads < 10
+        assert sorted(took)[10] < 0.2, took
     finally:
         for client in [*slow, *deaf]:
             client.__exit__(None, None, None)
@@ -483,6 +493,20 @@ def test_an_inherited_socket_that_is_open_to_others_is_refused(tmp_path: Path, w
         _, log = child.communicate(timeout=PATIENCE)
     assert child.returncode == Exit.CONFIGURATION
     assert "ListenStream= must be a path or 127.0.0.1:PORT" in log
+
+
+def test_the_manager_is_told(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(PATIENCE)
+        told = [f"NOTIFY_SOCKET={tmp_path}/notify", "WATCHDOG_USEC=100000"]
+        with Web(tmp_path, within=["env", *told]) as web:
+            heard = [manager.recv(4096).decode() for _ in range(5)]
+            web.child.terminate()
+            while heard[-1] != "STOPPING=1":
+                heard.append(manager.recv(4096).decode())
+    assert heard[:2] == ["READY=1", f'STATUS="listening on {web.address}"']
+    assert heard[2:5] == ["WATCHDOG=1"] * 3
 
 
 # --- the end ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -48,22 +49,14 @@ def working(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
         yield one
 
 
-class serving:  # noqa: N801 (used as a function)
+@contextmanager
+def serving(root: Path, config: str) -> Iterator[Web]:
     """A master and a server on one root."""
-
-    def __init__(self, root: Path, config: str) -> None:
-        (root / "codexd.yaml").write_text(config)
-        self.master = master(root)
-        self.master.__enter__()
+    (root / "codexd.yaml").write_text(config)
+    with master(root):
         until(lambda: Directories.below(root).heartbeat.exists(), "the master's heartbeat")
-        self.web = Web(root, config)
-
-    def __enter__(self) -> Web:
-        return self.web.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.web.__exit__(*error)
-        self.master.__exit__(*error)
+        with Web(root, config) as web:
+            yield web
 
 
 def ended(web: Web, id: str) -> Said:
@@ -96,8 +89,8 @@ def test_http_and_command_show_the_same(working: Web) -> None:
     view = View(Directories.below(working.root))
     assert shown == view.task(id)
     view.close()
-    listed = working.ask("GET", "/tasks?limit=1").json["tasks"][0]
-    assert {**listed, "answer": shown["answer"]} == shown
+    listed = {task["id"]: task for task in working.ask("GET", "/tasks").json["tasks"]}
+    assert {**listed[id], "answer": shown["answer"]} == shown
 
 
 def test_a_key_makes_a_repeat_harmless(held: Web) -> None:
@@ -158,10 +151,15 @@ def test_what_no_task_file_may_say_is_refused_before_delivery(
     assert not list((alone.root / "inbox").iterdir())
 
 
-def test_an_empty_key_is_none(alone: Web) -> None:
-    said = alone.post("/tasks", {"prompt": "x"}, Idempotency_Key="")
+@pytest.mark.parametrize(("key", "why"), [(b"", "key: found ''"), (b"\xff", "is not UTF-8")])
+def test_what_no_key_is(alone: Web, key: bytes, why: str) -> None:
+    head = b"POST /tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with alone.connect() as client:
+        client.send(head + b"Content-Length: 15\r\nIdempotency-Key: " + key)
+        client.send(b'\r\n\r\n{"prompt": "x"}')
+        said = client.read()
     assert (said.status, said.code) == (400, "invalid")
-    assert "key: found ''" in said.json["error"]["message"]
+    assert why in said.json["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -290,6 +288,7 @@ def test_those_who_wait_leave_room_for_others(alone: Web) -> None:
     for client in waiting:
         client.send(f"GET /tasks/{id}?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     said = until(lambda: _refused(alone, id), "a refusal to wait")
+    assert said
     assert (said.code, said.headers["retry-after"]) == ("busy", "5")
     assert alone.ask("GET", f"/tasks/{id}").status == 200
     for client in waiting:
@@ -356,6 +355,7 @@ def test_sessions(working: Web) -> None:
 
 def test_health(working: Web, held: Web, alone: Web) -> None:
     said = until(lambda: _well(working), "a healthy daemon")
+    assert said
     assert said["watch"] in ("inotify", "polling")
     assert said["inbox"] == 0
     assert {"queued", "running", "waiting", "heartbeat_age"} <= said.keys()
@@ -442,6 +442,20 @@ def _references(value: object) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _references(inner)
+
+
+def test_the_manual_has_every_route_and_every_status() -> None:
+    page = (Path(__file__).parent.parent / "man" / "codexd-http.8").read_text()
+    requests = page.partition(".Ss Requests")[2].partition(".Ss Errors")[0]
+    told = re.findall(
+        r"(?<=[ ])/[A-Za-z/.]+", "\n".join(re.findall(r"^\.It Li .*", requests, re.M))
+    )
+    routes = {route.replace("{id}", "ID").replace("{name}", "NAME") for route in ROUTES}
+    assert set(told) == routes
+    errors = page.partition(".Ss Errors")[2].partition(".Ss Limits")[0]
+    operations = [o for p in openapi.DOCUMENT["paths"].values() for o in p.values()]  # type: ignore[attr-defined]
+    said = {status for o in operations for status in o["responses"]} - {"200", "202"}
+    assert set(re.findall(r"^\.It ([0-9]{3})$", errors, re.M)) == said
 
 
 def test_every_operation_is_done(tmp_path: Path) -> None:

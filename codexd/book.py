@@ -1,0 +1,263 @@
+"""What the ledger's lines add up to: live tasks, the gate, the last that ended.
+
+A reader and the writer both have a `Book` and bring it up to date with
+`catch_up`, which looks at ended tasks of a long history without parsing them.
+The checkpoint is a short cut to the book at some offset: whatever is wrong with
+it, the ledger is the truth.
+
+Part of the room `ledger`, which is the door to it.  Reads, never writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from zlib import crc32
+
+from codexd import durable
+from codexd.line import FORMAT, HEAD, SEALED, parse
+from codexd.model import Event, IllegalEvent, Note, State, Task, apply
+from codexd.outcome import Outcome
+
+RECENT = 50  # ended tasks remembered for a short list
+VERDICTS = 1000  # rejected and repeated files remembered for those who wait
+ENDING = 64  # bytes, a seal and more, by which a reader knows the place where it stopped
+_ID = slice(26, 52)  # after the "- " of a task's line
+_KIND = 56
+_ENDS = frozenset(b"dfc")  # done, failed, cancelled: no other kind begins so
+_CHUNK = 64 << 10
+
+
+class LedgerBroken(Exception):
+    """The file cannot be written or trusted any more; end and replay."""
+
+
+@dataclass
+class Book:
+    """The ledger added up to `offset`: live tasks, the gate, the last that ended.
+
+    `tasks` is in ledger order.  `gate` maps each reason that is closed to its
+    facts.  `verdicts` has the last files that did not become tasks, by the id
+    they were taken under.  `damaged` tells of lines that were not acted on.
+    `last` are the bytes just before `offset`.
+    """
+
+    tasks: dict[str, Task] = field(default_factory=dict)
+    gate: dict[str, Mapping[str, object]] = field(default_factory=dict)
+    recent: deque[str] = field(default_factory=lambda: deque(maxlen=RECENT))
+    verdicts: dict[str, Event] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
+    offset: int = 0
+    last: bytes = b""
+
+    def act(self, event: Event) -> Task | None:
+        """Add one event; the task as it is now, None for a note.
+
+        Raises IllegalEvent, and then nothing has changed.
+        """
+        if isinstance(event.kind, Note):
+            self._note(event)
+            return None
+        task = apply(self.tasks.get(event.id), event)
+        if task.state.ended:
+            self.tasks.pop(event.id)
+            self.recent.append(event.id)
+        else:
+            self.tasks[event.id] = task
+        return task
+
+    def _note(self, event: Event) -> None:
+        if event.kind is Note.CLOSED:
+            self.gate[str(event.facts.get("reason"))] = {**event.facts, "since": event.at}
+        elif event.kind is Note.OPENED:
+            self.gate.pop(str(event.facts.get("reason")), None)
+        elif event.kind in (Note.REJECTED, Note.REPEATED):
+            self.verdicts[str(event.facts.get("id"))] = event
+            if len(self.verdicts) > VERDICTS:
+                del self.verdicts[next(iter(self.verdicts))]
+
+    def feed(self, line: bytes, here: int) -> None:
+        """Add one complete line; one that cannot be acted on is reported with its place."""
+        try:
+            if line.startswith(b"#"):
+                _check_head(line)
+            else:
+                self.act(parse(line))
+        except (ValueError, IllegalEvent) as error:
+            self.damaged.append(f"byte {here}: {error}")
+
+
+def _check_head(line: bytes) -> None:
+    if crc32(line) == SEALED and not line.startswith(HEAD.encode() + b"  "):
+        raise LedgerBroken(
+            f"the ledger says {line[:60].decode('ascii', 'replace')!r}: "
+            f"this codexd reads format {FORMAT} only"
+        )
+    if crc32(line) != SEALED:
+        raise ValueError("the first line, which names the format, is damaged")
+
+
+class _Survey:
+    """A first look at a long history: who is alive at its end, and since where.
+
+    Ended tasks are never parsed.  Of each line only the id and the first letter
+    of its kind are looked at, whose places are fixed.
+    """
+
+    def __init__(self, book: Book) -> None:
+        self.book = book
+        # id -> an offset at or before the first line that is of interest
+        self.born = dict.fromkeys((id.encode() for id in book.tasks), book.offset)
+        self.ended: deque[bytes] = deque(maxlen=RECENT)
+
+    def look(self, chunk: bytes, here: int) -> None:
+        """At whole lines, good or damaged, from offset `here` on."""
+        if crc32(chunk) != SEALED:
+            chunk = b"".join(self._undamaged(chunk, here))
+        begin, end, ended, ends = self.born.setdefault, self.born.pop, self.ended.append, _ENDS
+        lines = _of_tasks(chunk)
+        for line in lines:
+            kind = line[_KIND]
+            if kind == 113:  # queued
+                begin(line[_ID], here)
+            elif kind in ends:
+                id = line[_ID]
+                end(id, None)
+                ended(id)
+        if chunk.count(b"\n") != len(lines):  # much faster than to look for "\n* "
+            for line in chunk.split(b"\n"):
+                if line[:1] in (b"*", b"#"):
+                    self.book.feed(line + b"\n", here)
+
+    def _undamaged(self, chunk: bytes, here: int) -> Iterator[bytes]:
+        for line in _lines(chunk):
+            if crc32(line) == SEALED:
+                yield line
+            else:
+                self.book.damaged.append(f"byte {here}: the seal is broken")
+            here += len(line)
+
+
+def _lines(chunk: bytes) -> Iterator[bytes]:
+    # Not splitlines(): it takes a carriage return in a damaged line for an end.
+    return (line + b"\n" for line in chunk[:-1].split(b"\n"))
+
+
+def _of_tasks(chunk: bytes) -> list[bytes]:
+    """The lines of tasks, each without its "- " and with whatever notes follow it."""
+    lines = chunk.split(b"\n- ")
+    if chunk[:2] == b"- ":
+        lines[0] = lines[0][2:]
+    else:
+        del lines[0]
+    return lines
+
+
+def _chunks(fd: int, at: int) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of runs of whole lines; a torn last line is left out.
+
+    The part of a line that a read ends with is read again: that is cheaper than
+    to copy every block once more.
+    """
+    size = _CHUNK
+    while data := os.pread(fd, size, at):
+        if cut := data.rfind(b"\n") + 1:
+            yield at, data[:cut]
+            at, size = at + cut, _CHUNK
+        elif len(data) < size:
+            return
+        else:
+            size *= 2
+
+
+def catch_up(book: Book, fd: int) -> None:
+    """Add every whole line of the ledger after `book.offset`."""
+    survey, at = _Survey(book), book.offset
+    for here, chunk in _chunks(fd, at):
+        survey.look(chunk, here)
+        at = here + len(chunk)
+    book.recent.extend(id.decode() for id in survey.ended)
+    for id in [id for id in book.tasks if id.encode() not in survey.born]:
+        del book.tasks[id]
+    if survey.born:
+        _revive(book, fd, survey.born, at)
+    book.offset = at
+    start = max(0, at - ENDING)
+    book.last = os.pread(fd, at - start, start)
+
+
+def _revive(book: Book, fd: int, born: Mapping[bytes, int], end: int) -> None:
+    """Add up the lines of the tasks that are alive at `end`."""
+    for here, chunk in _chunks(fd, min(born.values())):
+        for line in _lines(chunk):
+            if here >= end:
+                return  # written meanwhile: it is looked at in the next refresh
+            if line[:2] == b"- " and line[2:][_ID] in born and crc32(line) == SEALED:
+                book.feed(line, here)
+            here += len(line)
+
+
+def from_checkpoint(path: Path, ledger: int) -> Book | None:
+    """The book at the checkpoint, if it belongs to this very file; else None.
+
+    It is only a short cut: whatever is wrong with it, the ledger is the truth.
+    """
+    try:
+        file = durable.read_json(path)
+        data = next(_records([file["book"]]))
+        if crc32(json.dumps(data).encode()) != file["crc32"]:
+            return None
+        book = Book(offset=int(str(data["offset"])), last=str(data["last"]).encode("latin-1"))
+        if os.fstat(ledger).st_ino != data["inode"] or not stands(book, ledger):
+            return None
+        for record in _records(data["tasks"]):
+            task = _task(record)
+            book.tasks[task.id] = task
+        book.gate = {str(r["reason"]): r for r in _records(data["gate"])}
+        book.recent.extend(str(i) for i in _list(data["recent"]))
+        return book
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def stands(book: Book, ledger: int) -> bool:
+    """Whether what the book was made of is still the beginning of the file."""
+    return os.pread(ledger, len(book.last), book.offset - len(book.last)) == book.last
+
+
+def to_checkpoint(book: Book, inode: int) -> bytes:
+    """What `from_checkpoint` reads back."""
+    data = {
+        "inode": inode,
+        "offset": book.offset,
+        "last": book.last.decode("latin-1"),
+        "gate": list(book.gate.values()),
+        "recent": list(book.recent),
+        "tasks": [asdict(task) for task in book.tasks.values()],
+    }
+    crc = crc32(json.dumps(data).encode())
+    return json.dumps({"crc32": crc, "book": data}).encode()
+
+
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise TypeError("not a list")
+    return value
+
+
+def _records(value: object) -> Iterator[dict[str, object]]:
+    for record in _list(value):
+        if not isinstance(record, dict):
+            raise TypeError("not an object")
+        yield record
+
+
+def _task(record: dict[str, object]) -> Task:
+    outcome = record.get("outcome")
+    record["state"] = State(str(record["state"]))
+    record["outcome"] = Outcome(str(outcome)) if outcome else None
+    return Task(**record)  # type: ignore[arg-type]

@@ -1,0 +1,440 @@
+"""Killed, stopped, damaged: what a daemon finds when it starts, and makes of it.
+
+Whatever dies, and wherever it was: no task is lost, none is run again once its
+result is on disk, and what had begun goes on in its own thread with the whole
+task.  State that no crash can leave behind, but a bad disk can, harms only the
+task that it belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from codexd import place
+from codexd.ledger import Ledger
+from codexd.model import Event, Kind
+from tests.daemon import PYTHON, Daemon, until
+from tests.processes import codex_of, gone, kill, naming, worker_of
+from tests.scripted_cases import CaseModel
+from tests.test_failures import Seen, id_of, prepared
+
+pytestmark = pytest.mark.xdist_group("recovery")
+
+UNKNOWN_THREAD = "01a20000-0000-7000-8000-000000000000"
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[CaseModel]:
+    with CaseModel() as model:
+        yield model
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, model: CaseModel) -> Iterator[Daemon]:
+    with prepared(tmp_path / "root", model) as one:
+        yield one
+
+
+def kill_master(daemon: Daemon) -> None:
+    """SIGKILL for the daemon alone."""
+    child, daemon.child = daemon.child, None
+    assert child is not None
+    assert child.stdout is not None
+    child.kill()
+    child.wait()
+    child.stdout.close()
+
+
+def resumed(model: CaseModel, thread: str, text: str) -> bool:
+    """Whether the thread was asked once more, told so, and given the whole task."""
+    last = model.prompts(thread)[-1]
+    return "An earlier attempt at the task below was interrupted" in last and last.endswith(
+        f"\n---\n\n{text}\n"
+    )
+
+
+class Interrupted:
+    """One task in its turn and one in a tool, each in a thread of its own."""
+
+    def __init__(self, daemon: Daemon, model: CaseModel, name: str, nap: str) -> None:
+        self.daemon, self.model, self.name, self.nap = daemon, model, name, f"sleep {nap}"
+        self.asked = f"[[hold {name}]][[say {name} turn]]"
+        self.tool = f"[[first 1 shell sleep {nap}]][[say {name} tool]]"
+        daemon.drop(f"{name}-turn.md", self.asked)
+        daemon.drop(f"{name}-tool.md", self.tool)
+        self.turn_id = id_of(daemon, f"{name}-turn.md")
+        self.tool_id = id_of(daemon, f"{name}-tool.md")
+        self.thread = model.wait_held(name).thread_id
+        until(lambda: naming(self.nap), "the tool")
+
+    def all_gone(self) -> None:
+        for text in (self.turn_id, self.tool_id, self.nap):
+            gone(text)
+
+    def finished(self, attempts: int = 1) -> None:
+        self.model.release(self.name)
+        front, text = self.daemon.answer(f"{self.name}-turn", 60)
+        assert (text, front["attempts"]) == (f"{self.name} turn\n", attempts), front
+        assert front["thread"] == self.thread
+        assert resumed(self.model, self.thread, self.asked)
+        front, text = self.daemon.answer(f"{self.name}-tool", 60)
+        assert (text, front["attempts"]) == (f"{self.name} tool\n", attempts), front
+        assert resumed(self.model, front["thread"], self.tool)
+
+
+# --- who is killed -----------------------------------------------------------------------
+
+
+def test_the_master_alone_is_killed(daemon: Daemon, model: CaseModel) -> None:
+    """The workers end by themselves and leave a result; the next master goes on from it."""
+    both = Interrupted(daemon, model, "master", "7401")
+    daemon.drop("behind.md", f"---\nsession: {both.turn_id}\n---\n[[say behind]]")
+    id_of(daemon, "behind.md")
+    kill_master(daemon)
+    both.all_gone()
+    for id in (both.turn_id, both.tool_id):
+        result = json.loads((daemon.dirs.tasks / id / "1" / "result.json").read_text())
+        assert (result["outcome"], result["stop_reason"]) == ("interrupted", "interrupted")
+    daemon.start()
+    both.finished()
+    front, text = daemon.answer("behind")
+    assert (text, front["thread"]) == ("behind\n", both.thread)
+    assert not list(daemon.dirs.tasks.iterdir())
+    assert daemon.json("session", "show", both.turn_id)["tasks"] == 2
+
+
+def test_single_workers_and_single_codex_are_killed(daemon: Daemon, model: CaseModel) -> None:
+    workers = Interrupted(daemon, model, "worker", "7402")
+    codex = Interrupted(daemon, model, "codex", "7403")
+    kill(worker_of(workers.turn_id) + worker_of(workers.tool_id))
+    kill(codex_of(codex.turn_id) + codex_of(codex.tool_id))
+    workers.finished()  # the host's doing: not counted
+    codex.finished(attempts=2)
+    for one in (workers, codex):
+        one.all_gone()
+
+
+def test_everything_is_killed(daemon: Daemon, model: CaseModel) -> None:
+    both = Interrupted(daemon, model, "all", "7404")
+    daemon.kill()
+    daemon.start()
+    both.finished()
+    both.all_gone()
+
+
+def test_killed_as_soon_as_the_thread_has_a_name(daemon: Daemon, model: CaseModel) -> None:
+    """Such a thread cannot be resumed yet: Codex has not written it down."""
+    daemon.drop("early.md", "[[say early]]")
+    id = id_of(daemon, "early.md")
+    events = daemon.dirs.tasks / id / "1" / "events.jsonl"
+    until(lambda: events.exists() and b"thread.started" in events.read_bytes(), "its name", 10)
+    daemon.kill()
+    daemon.start()
+    front, text = daemon.answer("early")
+    assert (front["outcome"], text) == ("done", "early\n")
+
+
+def test_sigterm_in_the_middle_of_turns(daemon: Daemon, model: CaseModel) -> None:
+    both = Interrupted(daemon, model, "stop", "7405")
+    began = time.monotonic()
+    assert daemon.stop() == 0
+    assert time.monotonic() - began < 15
+    both.all_gone()
+    assert re.search(r"\*\*stopped\*\*", daemon.events()[-1])
+    assert [t["state"] for t in daemon.tasks()] == ["queued", "queued"]
+    daemon.start()
+    both.finished()
+
+
+def test_interrupted_again_and_again_a_task_has_failed(daemon: Daemon, model: CaseModel) -> None:
+    daemon.drop("poison.md", "[[hold poison]]")
+    task = Seen(daemon, "poison.md")
+    for number in range(1, 7):
+        events = daemon.dirs.tasks / task.id / str(number) / "events.jsonl"
+        until(lambda e=events: e.exists() and b"turn.started" in e.read_bytes(), f"turn {number}")
+        kill(worker_of(task.id))
+    front, _ = daemon.answer("poison")
+    assert (front["state"], front["outcome"]) == ("failed", "interrupted")
+    assert front["message"] == "the worker was killed in the middle of the turn"
+    gone(task.id)
+
+
+# --- where it was, as a crash leaves it on disk --------------------------------------------
+
+
+class Disk:
+    """The state of a daemon that was killed, changed to what another moment would leave."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon, self.dirs = daemon, daemon.dirs
+
+    def forget(self, id: str, *kinds: str) -> None:
+        """Take the task's lines of these kinds out of the ledger."""
+        lines = self.dirs.ledger.read_bytes().splitlines(keepends=True)
+        wanted = [f"`{id}` **{kind}**".encode() for kind in kinds]
+        kept = [line for line in lines if not any(mark in line for mark in wanted)]
+        assert len(kept) < len(lines)
+        self.dirs.ledger.write_bytes(b"".join(kept))
+
+    def say(self, *events: Event) -> None:
+        ledger = Ledger(self.dirs.ledger, self.dirs.checkpoint)
+        ledger.append(list(events))
+        ledger.close()
+
+    def running(self, id: str, started: bool, *lines: str) -> None:
+        """A queued task as it is after the ledger's line, or after the start of Codex."""
+        home = self.dirs.tasks / id / "1"
+        home.mkdir()
+        (home / "attempt.json").write_text('{"attempt": 1}')
+        facts = {"launches": 1, "attempts": 1}
+        self.say(Event("2026-01-01T00:00:00.000Z", Kind.RUNNING, id, facts))
+        if started:
+            (home / "started").touch()
+        if lines:
+            (home / "events.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+    def unarchive(self, id: str) -> Path:
+        """An ended task as it was before it was moved to the archive."""
+        home = self.dirs.tasks / id
+        place.archived(self.dirs, id).rename(home)
+        return home
+
+
+def held_tasks(daemon: Daemon, names: list[str]) -> dict[str, str]:
+    """Tasks that are accepted and must not start yet; their ids."""
+    daemon.run("hold")
+    until(lambda: "**closed**" in daemon.dirs.ledger.read_text(), "the gate closed")
+    for name in names:
+        daemon.drop(f"{name}.md", f"[[say {name}]]")
+    return {name: id_of(daemon, f"{name}.md") for name in names}
+
+
+def test_every_moment_of_a_crash(daemon: Daemon, model: CaseModel) -> None:
+    ended = ["judged", "said", "unsaid"]
+    for name in ended:
+        daemon.drop(f"{name}.md", f"---\nsession: s-{name}\n---\n[[say {name}]]")
+    done = {name: id_of(daemon, f"{name}.md") for name in ended}
+    for name in ended:
+        assert daemon.answer(name)[0]["state"] == "done"
+    until(lambda: not list(daemon.dirs.tasks.iterdir()), "the archive")
+    moments = ["stored", "accepted", "ordered", "started", "named"]
+    ids = held_tasks(daemon, moments)
+    daemon.kill()
+    disk, dirs = Disk(daemon), daemon.dirs
+    # a name written down, the file not yet renamed; then renamed
+    for id, name in (
+        ("20260101t000000-claimed000", "noted"),
+        ("20260101t000000-renamed000", "taken"),
+    ):
+        (dirs.tasks / id).mkdir()
+        (dirs.tasks / id / "name").write_text(f"{name}.md")
+        target = f"{name}.md" if name == "noted" else f".take-{id}"
+        (dirs.inbox / target).write_text(f"[[say {name}]]")
+    # stored, and not yet in the ledger; in the ledger, and the file still there
+    disk.forget(ids["stored"], "queued")
+    for name in ("stored", "accepted"):
+        (dirs.inbox / f".take-{ids[name]}").write_text(f"[[say {name}]]")
+    # about to be run
+    disk.running(ids["ordered"], False)
+    disk.running(ids["started"], True)
+    thread = json.dumps({"type": "thread.started", "thread_id": UNKNOWN_THREAD})
+    disk.running(ids["named"], True, thread)
+    # ended, but not in the ledger: with and without what is written before; not archived
+    home = disk.unarchive(done["judged"])
+    disk.forget(done["judged"], "done")
+    home = disk.unarchive(done["unsaid"])
+    disk.forget(done["unsaid"], "done")
+    (home / "status.json").unlink()
+    for path in (dirs.answers / f"unsaid.{done['unsaid']}.md", dirs.sessions / "s-unsaid.json"):
+        path.unlink()
+    (dirs.transcripts / "s-unsaid.jsonl").write_text('{"torn": ')
+    disk.unarchive(done["said"])
+    daemon.start()
+    daemon.run("release")
+    for name in [*ended, *moments, "noted", "taken"]:
+        front, text = daemon.answer(name)
+        assert (front["outcome"], text, front["attempts"]) == ("done", f"{name}\n", 1), front
+        assert len(model.asked(f"[[say {name}]]")) == 1  # none was run twice
+    assert daemon.answer("accepted")[0]["id"] == ids["accepted"]
+    assert daemon.answer("stored")[0]["id"] == ids["stored"]
+    assert daemon.answer("named")[0]["thread"] != UNKNOWN_THREAD
+    for name in ended:
+        shown = daemon.json("session", "show", f"s-{name}")
+        assert (shown["tasks"], shown["usage"]["input_tokens"]) == (1, 100)
+        said = (dirs.transcripts / f"s-{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["role"] for line in said] == ["user", "assistant"]
+    until(lambda: not list(dirs.tasks.iterdir()), "an empty tasks/")
+    assert not list(dirs.inbox.iterdir())
+    assert len(daemon.tasks()) == 10
+
+
+# --- two daemons, and those who only ask -------------------------------------------------------
+
+
+def test_a_second_daemon_and_an_ask_disturb_nobody(daemon: Daemon, model: CaseModel) -> None:
+    daemon.drop("only.md", "[[hold only]][[say only once]]")
+    model.wait_held("only")
+    command = [PYTHON, "-m", "codexd.cli", "--root", str(daemon.root), "serve"]
+    second = subprocess.Popen(
+        command, env=daemon.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    asked = daemon.run("ask", "[[say an answer beside it]]")
+    assert (asked.returncode, asked.stdout) == (0, "an answer beside it\n")
+    out, err = second.communicate(timeout=20)
+    assert (second.returncode, out) == (69, "")
+    assert re.search(rf"already\.served root={daemon.root}\n", err), err
+    model.release("only")
+    front, text = daemon.answer("only")
+    assert (text, front["attempts"]) == ("only once\n", 1)
+    assert len(model.asked("[[say only once]]")) == 1
+
+
+def test_asking_a_daemon_that_is_down_changes_nothing(daemon: Daemon, model: CaseModel) -> None:
+    daemon.drop("alone.md", "[[hold alone]][[say alone]]")
+    model.wait_held("alone")
+    daemon.kill()
+    before = daemon.dirs.ledger.read_bytes()
+    # A heartbeat is believed for a while; long enough to submit and to wait.
+    asked = daemon.run("ask", "--timeout", "1s", "[[say later]]")
+    assert asked.returncode in (69, 75)
+    assert asked.stdout == ""
+    for verb in ("status", "task list", "session list"):
+        daemon.run(*verb.split())
+    assert daemon.dirs.ledger.read_bytes() == before
+    assert not list(daemon.dirs.tasks.glob("*/2"))
+    daemon.start()
+    model.release("alone")
+    assert daemon.answer("alone")[1] == "alone\n"
+
+
+# --- what no crash leaves behind ----------------------------------------------------------------
+
+
+def flip(path: Path, wanted: str) -> None:
+    """One bit of the one line that has this in it."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    (number,) = [n for n, line in enumerate(lines) if wanted.encode() in line]
+    line = lines[number]
+    lines[number] = line[:10] + bytes([line[10] ^ 1]) + line[11:]
+    path.write_bytes(b"".join(lines))
+
+
+def damage_each(daemon: Daemon, ids: dict[str, str]) -> None:
+    disk, dirs = Disk(daemon), daemon.dirs
+    tasks = dirs.tasks
+    (tasks / ids["garbage"] / "task.json").write_bytes(b"\x00\xff{ not JSON")
+    (tasks / ids["empty"] / "task.json").write_text("")
+    (tasks / ids["strange"] / "task.json").write_text('{"request": {"prompt": []}}')
+    (tasks / ids["gone"] / "task.json").unlink()
+    for entry in (tasks / ids["vanished"]).iterdir():
+        entry.unlink()
+    (tasks / ids["vanished"]).rmdir()
+    for name in ("result", "attempt", "orders", "asked"):
+        disk.running(ids[name], started=True)
+    (tasks / ids["result"] / "1" / "result.json").write_bytes(b"\xff\xfe\x00garbage")
+    for name in ("attempt.json", "started"):
+        (tasks / ids["attempt"] / "1" / name).unlink()
+    (tasks / ids["attempt"] / "1").rmdir()
+    (tasks / ids["orders"] / "1" / "attempt.json").write_bytes(b"\xff")
+    result = {"outcome": "done", "message": "", "answer": "asked", "exit_status": 0}
+    (tasks / ids["asked"] / "1" / "result.json").write_text(json.dumps(result))
+    (tasks / ids["asked"] / "task.json").write_bytes(b"\xff")
+
+
+def damage_the_rest(daemon: Daemon) -> None:
+    dirs = daemon.dirs
+    (dirs.tasks / "stray.txt").write_text("what is this?")
+    (dirs.tasks / "strange" / "and" / "deep").mkdir(parents=True)
+    (dirs.tasks / "20260101t000000-nothing000").mkdir()
+    (dirs.tasks / "20260101t000000-foreign000" / "deep").mkdir(parents=True)
+    (dirs.tasks / "20260101t000000-fileonly00").write_text("a file")
+    dirs.checkpoint.write_bytes(b'{"format": 1, "offset": "nine"}')
+    dirs.heartbeat.write_bytes(b"\xff" * 100_000)
+    (dirs.run / "workers" / "junk.lock").write_text("junk")
+    (dirs.exits / "junk").write_text("junk")
+    (dirs.archive / "junk").write_text("junk")
+    (dirs.answers / ".half.123.tmp").write_text("half an answer")
+    (dirs.inbox / ".take-20260101t000000-unknown000").write_text("[[say a foundling]]")
+    (dirs.inbox / ".take-junk").write_text("junk")
+    with open(dirs.ledger, "ab") as ledger:
+        ledger.write(b"- 2026-01-01T00:00:00.000Z `torn")
+
+
+NAMES = [
+    "garbage", "empty", "strange", "gone", "vanished", "result", "attempt", "orders", "asked",
+    "unknown", "well",
+]  # fmt: skip
+
+
+def test_damage_of_every_kind_harms_only_what_it_touches(
+    daemon: Daemon, model: CaseModel, tmp_path: Path
+) -> None:
+    for name in ("kept", "json", "lost", "log", "queued"):
+        daemon.drop(f"{name}.md", f"---\nsession: {name}\n---\n[[say {name}]]")
+        assert daemon.answer(name)[0]["state"] == "done"
+    old = {name: daemon.json("session", "show", name) for name in ("json", "lost", "log", "kept")}
+    ids = held_tasks(daemon, NAMES)
+    daemon.kill()
+    dirs = daemon.dirs
+    damage_each(daemon, ids)
+    damage_the_rest(daemon)
+    flip(dirs.ledger, f"`{id_of(daemon, 'lost.md')}` **done**")  # it has ended
+    flip(dirs.ledger, f"`{id_of(daemon, 'queued.md')}` **running**")
+    flip(dirs.ledger, f"`{ids['unknown']}` **queued**")  # it was accepted
+    (dirs.sessions / "json.json").write_bytes(b"\xff garbage")
+    (dirs.transcripts / "log.jsonl").write_bytes(b"\xff\xff\x00\n{}\n[1, 2]\nnull\n{")
+    daemon.start()
+    daemon.run("release")
+    log = daemon.log.read_text()
+    # those that are damaged have ended, and say why
+    for name in ("garbage", "empty", "strange", "gone", "vanished"):
+        front, text = daemon.answer(name)
+        assert (front["state"], front["outcome"], text) == ("failed", "config", ""), front
+        where = "record or its orders are" if name == "strange" else f"{ids[name]}/task.json is"
+        assert f"{where} damaged: " in front["message"]
+    front, _ = daemon.answer("result")
+    assert (front["state"], front["outcome"]) == ("failed", "unknown")
+    assert f"{ids['result']}/1/result.json is damaged and was not" in front["message"]
+    # what can be mended was
+    for name in ("attempt", "orders", "well", "asked"):
+        front, text = daemon.answer(name)
+        assert (front["state"], front["outcome"], text) == ("done", "done", f"{name}\n"), front
+    assert not model.asked("[[say asked]]")
+    # what had ended has ended, and is not run again
+    for name in ("lost", "queued"):
+        front, text = daemon.answer(name)
+        assert (front["state"], text) == ("done", f"{name}\n")
+        assert len(model.asked(f"[[say {name}]]")) == 1
+        shown = daemon.json("task", "show", str(front["id"]))
+        assert (shown["state"], shown["answer"]) == ("done", name)
+    assert not any(t["state"] in ("running", "waiting", "queued") for t in daemon.tasks())
+    # sessions go on; the damaged one in a new thread
+    for name in old:
+        daemon.drop(f"{name}-2.md", f"---\nsession: {name}\n---\n[[say {name} again]]")
+    for name in old:
+        front, text = daemon.answer(f"{name}-2")
+        assert text == f"{name} again\n"
+        assert (front["thread"] == old[name]["thread"]) == (name != "json")
+    assert (dirs.sessions / "json.damaged").exists()
+    # a file that says it was taken is looked at as if it had just been dropped
+    assert (dirs.answers / "20260101t000000-unknown000.md").exists()
+    # the log tells of each
+    assert log.count("ledger.damaged") == 3, log
+    assert re.search(rf"task\.unknown task={ids['unknown']}", log)
+    assert re.search(r"not\.ours path=\S*/stray\.txt", log)
+    assert re.search(r"not\.ours path=\S*/strange", log)
+    assert "ledger.torn" in log
+    assert "session.damaged" in daemon.log.read_text()
+    assert (dirs.tasks / "stray.txt").exists()
+    assert daemon.run("status").returncode == 0
+    # and the next start finds nothing new to say
+    assert daemon.stop() == 0
+    daemon.start()
+    assert daemon.run("status").returncode == 0
