@@ -16,7 +16,7 @@ from codexd.launcher import Processes
 from codexd.model import Request
 
 ROUNDS = 41
-_CODEX = "#!/bin/sh\ndate +%s%N > \"$CODEX_HOME/execd\"\n"
+_CODEX = '#!/bin/sh\ndate +%s%N > "$CODEX_HOME/execd"\n'
 
 
 def _orders(place: Path, binary: Path) -> dict[str, object]:

@@ -17,10 +17,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -30,20 +29,16 @@ from codexd import metrics, openapi, spool, taskfile
 from codexd.config import Config
 from codexd.framing import RETRY, Problem, Reply, reply
 from codexd.ledger import LedgerBroken
-from codexd.model import Note, Request, State, is_id
+from codexd.model import Note, Request, State
 from codexd.routes import Call, invalid
 from codexd.view import Json, View
 
 WORD = 5.0  # seconds to wait for what the master says of a delivered file
-WAIT = 60.0  # the longest ?wait=
 WAITERS = 128  # who may wait at once
-PAGE, CHUNK = 50, 500  # tasks in a list: by default, at most
+PAGE = 50  # tasks in a list
 LOOK = 2.0  # seconds after which a walk through the archive is cut into pages
 _PAUSES = (0.005, 0.05)  # seconds between looks at the size of the ledger
 
-_LIMIT = re.compile(r"[0-9]{1,3}", re.ASCII)
-_SECONDS = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?", re.ASCII)
-_CONFLICT = re.compile(r"key .* was used by task", re.DOTALL)
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _DOCUMENT = reply(200, openapi.DOCUMENT)
 
@@ -111,7 +106,7 @@ class Api:
 
     def _deliver(self, id: str, call: Call, body: bytes) -> tuple[bool, bool]:
         """Put the task into the inbox: whether it has a key, whether the master is up."""
-        request = _request(body, call.head.one("idempotency-key"))
+        request = _request(body, call.key)
         data = taskfile.dump(request)
         if len(data) > self.config.limits.file:
             most = self.config.limits.file
@@ -135,7 +130,7 @@ class Api:
         verdict = self._view.verdict(id)
         if verdict and verdict.kind is Note.REJECTED:
             reason = str(verdict.facts.get("reason"))
-            if _CONFLICT.match(reason):
+            if "conflict" in verdict.facts:
                 raise Problem(409, "key-conflict", reason)
             raise Problem(400, "rejected", reason)
         known = str(verdict.facts.get("first")) if verdict else id
@@ -143,8 +138,7 @@ class Api:
         return _accepted(known, State(str(task["state"])) if task else State.QUEUED)
 
     async def _show(self, call: Call, _body: bytes) -> Reply:
-        seconds = _number(call.query, "wait", _SECONDS, 0, WAIT)
-        if seconds:
+        if seconds := float(call.query.get("wait", 0)):
             ended = await self._patiently(partial(self._ended, call.name), seconds)
             if ended:
                 return reply(200, ended)
@@ -181,38 +175,12 @@ class Api:
             raise _undelivered(error) from error
 
     async def _list(self, call: Call, _body: bytes) -> Reply:
-        state, cursor = call.query.get("state"), call.query.get("cursor")
-        if state is not None and state not in list(State):
-            raise invalid(f"state must be one of {', '.join(State)}")
-        if cursor is not None and not is_id(cursor):
-            raise invalid("cursor must be the `next` of the page before")
-        limit = int(_number(call.query, "limit", _LIMIT, PAGE, CHUNK))
-        if not limit:
-            raise invalid(f"limit must be a number from 1 to {CHUNK}")
-        session = call.query.get("session")
-        found, after = await _in(self._listing, self._page, state, session, limit, cursor)
+        query = call.query
+        state, session, cursor = query.get("state"), query.get("session"), query.get("cursor")
+        limit = int(query.get("limit", PAGE))
+        look = partial(self._catalogue.page, state, session, limit, cursor, LOOK)
+        found, after = await _in(self._listing, look)
         return reply(200, {"tasks": found, "next": after})
-
-    def _page(
-        self, state: str | None, session: str | None, limit: int, cursor: str | None
-    ) -> tuple[list[Json], str | None]:
-        """Tasks, newest first, and the cursor of the next page.
-
-        A rare state could be looked for through years of archive: after LOOK
-        seconds the page ends as it is, and its cursor leads on from there.
-        """
-        end = time.monotonic() + LOOK
-        found: list[Json] = []
-        chunk = CHUNK if state or session else limit
-        while True:
-            tasks, cursor = self._catalogue.page(None, None, chunk, cursor)
-            for task in tasks:
-                if state in (None, task["state"]) and session in (None, task["session"]):
-                    found.append(task)
-                    if len(found) == limit:
-                        return found, str(task["id"])
-            if cursor is None or self.stopping or time.monotonic() >= end:
-                return found, cursor
 
     # --- the rest ---------------------------------------------------------------------
 
@@ -292,17 +260,6 @@ async def _in(lane: Executor, work: Callable[..., T], *args: object) -> T:
 
 
 # --- what a request says ---------------------------------------------------------
-
-
-def _number(
-    query: Mapping[str, str], name: str, form: re.Pattern[str], default: float, most: float
-) -> float:
-    text = query.get(name)
-    if text is None:
-        return default
-    if not form.fullmatch(text) or float(text) > most:
-        raise invalid(f"{name} must be a number up to {most:g}")
-    return float(text)
 
 
 def _request(body: bytes, header: str | None) -> Request:

@@ -93,9 +93,10 @@ class Book:
 
 def _check_head(line: bytes) -> None:
     if crc32(line) == SEALED and not line.startswith(HEAD.encode() + b"  "):
+        says = line.partition(b"  ")[0][:60].decode("ascii", "replace")
         raise LedgerBroken(
-            f"the ledger says {line[:60].decode('ascii', 'replace')!r}: "
-            f"this codexd reads format {FORMAT} only"
+            f"the ledger begins with {says!r}: this codexd reads format {FORMAT} only; "
+            "use the newer one that wrote it"
         )
     if crc32(line) != SEALED:
         raise ValueError("the first line, which names the format, is damaged")

@@ -265,16 +265,17 @@ def submit(args: argparse.Namespace) -> int:
     view = _view(args)
     serving = view.health()[1]["status"] != "down"
     requests = [_read_task(name) for name in args.files]
-    ids = [_deliver(view, request) for request in requests]
+    ids: list[str] = []
     refused: list[str] = []
-    if serving:
-        ids, refused = _words(view, ids, args.files)
-    else:
-        print("codexd: not serving now; the tasks wait in the inbox", file=sys.stderr)
-    if hasattr(args, "json"):
-        report.dump(ids)
-    else:
-        print("".join(f"{id}\n" for id in ids), end="")
+    try:
+        for request in requests:
+            ids.append(_deliver(view, request))
+        if serving:
+            ids, refused = _words(view, ids, args.files)
+        else:
+            print("codexd: not serving now; the tasks wait in the inbox", file=sys.stderr)
+    finally:  # what was submitted before a failure is submitted
+        report.dump(ids) if hasattr(args, "json") else report.lines(ids)
     if refused:
         raise Trouble(Exit.FAILED, "; ".join(refused))
     return Exit.DONE

@@ -176,7 +176,6 @@ def _is_system(uid: int) -> bool:
 
 class Launcher(StrEnum):
     AUTO = "auto"
-    SYSTEMD = "systemd"
     PROCESS = "process"
 
 

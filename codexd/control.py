@@ -7,7 +7,6 @@ rejected with its reason, like any other file.
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Callable, Mapping
 
 from codexd import clock, place, session, spool, taskfile
@@ -57,7 +56,7 @@ class Controls:
             control = taskfile.control(name)
         except taskfile.Refused:
             return False  # the intake rejects it with this very reason
-        if control is None or not self._is_empty_file(name):
+        if control is None or not spool.is_empty_file(self.dirs.inbox / name):
             return False
         if is_id(control.target) and spool.in_inbox(self.dirs, control.target):
             return True  # its task is taken in this round, it is obeyed in the next
@@ -66,13 +65,6 @@ class Controls:
         if control.verb != "hold" or self.keeper.remembered:
             (self.dirs.inbox / name).unlink(missing_ok=True)
         return True  # on a full disk the file itself has to remember the hold
-
-    def _is_empty_file(self, name: str) -> bool:
-        try:
-            found = (self.dirs.inbox / name).lstat()
-        except FileNotFoundError:
-            return False
-        return stat.S_ISREG(found.st_mode) and not found.st_size
 
     def _obey(self, control: taskfile.Control, record: Record) -> bool:
         """Whether it was obeyed; False for one that has no task to act on."""

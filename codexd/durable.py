@@ -3,7 +3,7 @@
 The one way every room writes a file that somebody else reads: write aside,
 fsync, rename, fsync the directory.  A reader never sees half of it.  A name
 `.NAME.PID.tmp` is debris of a writer that died; each directory is swept by the
-process that alone writes there.
+process that alone writes there, or of what is old.
 
 May fail with OSError (full disk, lost permission); then the old file stands.
 Lean: the worker uses it.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -97,8 +98,11 @@ def read_json(path: str | os.PathLike[str], limit: int = 64 << 20) -> dict[str, 
     """A JSON object.  Raises OSError; ValueError when it is damaged."""
     import json
 
+    data = read(path, limit)
     try:
-        value = json.loads(read(path, limit))
+        value = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: not JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{os.fspath(path)}: nested too deeply") from error
     if not isinstance(value, dict):
@@ -114,7 +118,27 @@ def sweep(directory: str | os.PathLike[str]) -> None:
                 os.unlink(entry.path)
 
 
+def sweep_old(directory: str | os.PathLike[str], age: float) -> None:
+    """Remove files that writers left `age` seconds ago, where others write as well."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if not _is_aside(entry.name) or not entry.is_file(follow_symlinks=False):
+                continue
+            try:
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime > age:
+                    os.unlink(entry.path)
+            except FileNotFoundError:
+                continue  # its writer lives, and is done with it
+
+
 def _is_aside(name: str) -> bool:
     """Whether `write` makes such names; an editor's `.notes.tmp` is not ours."""
     parts = name.rsplit(".", 2)
-    return name.startswith(".") and parts[-1] == "tmp" and len(parts) == 3 and parts[1].isdigit()
+    return (
+        len(parts) == 3
+        and 1 < len(parts[0]) <= 61
+        and name.startswith(".")
+        and parts[1].isascii()
+        and parts[1].isdigit()
+        and parts[2] == "tmp"
+    )

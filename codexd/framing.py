@@ -1,36 +1,35 @@
-"""HTTP/1.1 as bytes: the head of a request, strictly read, and a reply written.
+"""One HTTP exchange as bytes: a request in, strictly, and a reply out.
 
-Pure: bytes in, values out.  A request is what the standard says and nothing
-else: what two programs could read in two ways (a bare newline, a folded line,
-blanks before a colon, two lengths, any Transfer-Encoding) is refused before
-its body is read, so nothing can hide behind a request.  The standard
-library's http.server takes most of these, and it reads with one thread a
-client; that is why it is not used.
+Requests are parsed and replies written by the standard library's http.server,
+on streams in memory; who moves the bytes is no matter here.  Before it sees
+them, every line of a head is checked as it comes: what two programs could read
+in two ways (a bare newline, a folded line, blanks before a colon, two lengths,
+any Transfer-Encoding) is refused, because http.server takes most of these and
+leaves it to its user where a body ends.  So nothing can hide behind a request.
 
-Whatever the bytes, `take` returns a Head, or None while the end is missing,
-or raises Problem, which is a reply already.
+Whatever the bytes, `Exchange.take` says whether the head is whole, or raises
+Problem, which is a reply already.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from http import HTTPStatus
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
+from io import BytesIO
+from typing import NoReturn
 
 HEAD_LIMIT = 32 << 10  # bytes of request line and fields
-FIELDS_LIMIT = 100
+LINES_LIMIT = 100  # without the blank one; http.server's own limit
 BODY_LIMIT = 1 << 20
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 RETRY = ("Retry-After", "5")  # seconds
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST = re.compile(rb"(" + _TOKEN + rb") (/[!-~]*) HTTP/([0-9])\.([0-9])")
-_FIELD = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\xff]*)")
-
-Pairs = tuple[tuple[str, str], ...]
+_REQUEST = re.compile(_TOKEN + rb" /[!-~]* HTTP/([0-9])\.[0-9]\r\n")
+_FIELD = re.compile(_TOKEN + rb":[\t -~\x80-\xff]*\r\n")
+_LENGTH = re.compile("[0-9]+", re.ASCII)
+_END = b"\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Reply:
 
     status: int
     body: bytes
-    headers: Pairs = ()
+    headers: tuple[tuple[str, str], ...] = ()
     type: str = "application/json"
 
 
@@ -56,115 +55,125 @@ class Problem(Exception):
         self.reply = reply(status, {"error": {"code": code, "message": message}}, *headers)
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A request without its body, which has `length` bytes.
-
-    `path` and `query` are percent-encoded still; names of `fields` are lower
-    case.  `keep` says whether another request may follow.
-    """
-
-    method: str
-    path: str
-    query: str
-    fields: Mapping[str, list[str]] = field(default_factory=dict)
-    length: int = 0
-    keep: bool = True
-
-    def one(self, name: str) -> str | None:
-        """The value of a field that may be there once.  Raises Problem."""
-        values = self.fields.get(name, [])
-        if len(values) > 1:
-            raise _bad(f"the header {name} is there {len(values)} times")
-        return values[0] if values else None
-
-
 def _bad(message: str) -> Problem:
     return Problem(400, "bad-request", message)
 
 
-# --- reading ------------------------------------------------------------------
+def too_large_a_head() -> Problem:
+    why = f"request line and headers exceed {HEAD_LIMIT} bytes or {LINES_LIMIT} lines"
+    return Problem(431, "head-too-large", why)
 
 
-def take(buffer: bytearray) -> Head | None:
-    """Remove a whole head from the front of `buffer`; None while its end is missing.
+class Exchange(BaseHTTPRequestHandler):
+    """A request, taken line by line, and the reply to it.
 
-    Raises Problem for what cannot become a request any more.
+    Once its head is whole: `command`, `path` and `query` (both still
+    percent-encoded), `headers`, `length` (bytes of the body, which is not read
+    here), and `close_connection`, which says that no other request may follow.
     """
-    while buffer.startswith(b"\r\n"):  # some clients end a body so
-        del buffer[:2]
-    end = buffer.find(b"\r\n\r\n", 0, HEAD_LIMIT)
-    if end < 0:
-        _look_at_start(buffer)
-        return None
-    lines = bytes(buffer[:end]).split(b"\r\n")
-    del buffer[: end + 4]
-    return _head(lines)
+
+    protocol_version = "HTTP/1.1"
+    wfile: BytesIO
+
+    def __init__(self) -> None:
+        # Not the base's: it talks with a socket until that is closed.
+        self.rfile, self.wfile = BytesIO(), BytesIO()
+        self.command, self.path, self.query, self.length = "", "", "", 0
+        self.request_version, self.requestline = self.protocol_version, ""
+        self.close_connection = True
+        self._lines = 0
+
+    # --- the request ---------------------------------------------------------------
+
+    def take(self, line: bytes) -> bool:
+        """Take a line, its newline included; whether the head is whole.  Raises Problem."""
+        self._lines += 1
+        if self.rfile.tell() + len(line) > HEAD_LIMIT or self._lines > LINES_LIMIT + 1:
+            raise too_large_a_head()
+        if not line.endswith(_END):
+            raise _bad("a line of the request does not end with CR LF")
+        if not self.rfile.tell():
+            if line == _END:
+                return False  # some clients end the body before so
+            _check_request_line(line)
+        elif line != _END and not _FIELD.fullmatch(line):
+            raise _bad("a header is not NAME: VALUE")
+        self.rfile.write(line)
+        if line == _END:
+            self._parse()
+        return line == _END
+
+    def _parse(self) -> None:
+        self.rfile.seek(0)
+        self.raw_requestline = self.rfile.readline()
+        self.parse_request()
+        # `path` has lost all but one of the slashes that it may begin with.
+        self.path, _, self.query = self.requestline.split(" ")[1].partition("?")
+        self.length = self._length()
+        # http.server keeps the connection for `Connection: te, close`, and for
+        # HTTP/1.0 without saying so, as it would have to.
+        options = re.split(r"[\s,]+", ",".join(self.headers.get_all("connection", [])).lower())
+        self.close_connection = self.request_version == "HTTP/1.0" or "close" in options
+
+    def _length(self) -> int:
+        if "transfer-encoding" in self.headers:
+            why = "send the body with Content-Length, not in chunks"
+            raise Problem(501, "transfer-encoding", why)
+        given = self.one("content-length")
+        if given is None:
+            return 0
+        if not _LENGTH.fullmatch(given):
+            raise _bad("Content-Length is not one number")
+        if len(given) > 7 or int(given) > BODY_LIMIT:
+            raise Problem(413, "too-large", f"the body is larger than {BODY_LIMIT} bytes")
+        return int(given)
+
+    def one(self, name: str) -> str | None:
+        """The value of a header that may be there once.  Raises Problem."""
+        values = self.headers.get_all(name, [])
+        if len(values) > 1:
+            raise _bad(f"the header {name} is there {len(values)} times")
+        return str(values[0]).strip(" \t") if values else None
+
+    # --- the reply -------------------------------------------------------------------
+
+    def interim(self) -> bytes:
+        """What http.server wrote while it parsed: `100 Continue`, if that is waited for."""
+        return self.wfile.getvalue()
+
+    def render(self, answer: Reply, *, keep: bool) -> bytes:
+        """The reply as bytes; `keep`: the client may send another request."""
+        self.wfile = BytesIO()
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.type)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        for name, value in (*answer.headers, *([] if keep else [("Connection", "close")])):
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.body)
+        return self.wfile.getvalue()
+
+    # --- what http.server would say otherwise ---------------------------------------
+
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> NoReturn:
+        """It found something wrong that we did not."""
+        raise Problem(code, "bad-request", explain or message or "this is no request")
+
+    def version_string(self) -> str:
+        return "codexd"
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: the role logs."""
 
 
-def _look_at_start(buffer: bytearray) -> None:
-    """Refuse at once what would otherwise be waited for in vain."""
-    if len(buffer) >= HEAD_LIMIT:
-        raise Problem(431, "head-too-large", f"request line and headers exceed {HEAD_LIMIT} bytes")
-    line, newline, _ = bytes(buffer).partition(b"\n")
-    if newline:
-        _request_line(line.removesuffix(b"\r") if line.endswith(b"\r") else b"")
-    if re.search(rb"(?<!\r)\n", buffer):
-        raise _bad("a line of the request does not end with CR LF")
-
-
-def _request_line(line: bytes) -> re.Match[bytes]:
+def _check_request_line(line: bytes) -> None:
     found = _REQUEST.fullmatch(line)
     if not found:
         raise _bad("the request line is not METHOD /PATH HTTP/1.1")
-    if found[3] != b"1":
+    if found[1] != b"1":
         raise Problem(505, "version", "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    return found
-
-
-def _head(lines: list[bytes]) -> Head:
-    found = _request_line(lines[0])
-    if len(lines) > FIELDS_LIMIT:
-        raise Problem(431, "head-too-large", f"more than {FIELDS_LIMIT} headers")
-    fields: dict[str, list[str]] = {}
-    for line in lines[1:]:
-        parts = _FIELD.fullmatch(line)
-        if not parts:
-            raise _bad("a header is not NAME: VALUE")
-        name = parts[1].decode("ascii").lower()
-        fields.setdefault(name, []).append(parts[2].strip(b" \t").decode("latin-1"))
-    path, _, query = found[2].decode("ascii").partition("?")
-    method, modern = found[1].decode("ascii"), found[4] != b"0"
-    options = ",".join(fields.get("connection", [])).lower().replace(" ", "").split(",")
-    return Head(method, path, query, fields, _length(fields), modern and "close" not in options)
-
-
-def _length(fields: Mapping[str, list[str]]) -> int:
-    if "transfer-encoding" in fields:
-        raise Problem(501, "transfer-encoding", "send the body with Content-Length, not in chunks")
-    lengths = fields.get("content-length", ["0"])
-    if len(lengths) > 1 or not re.fullmatch("[0-9]+", lengths[0], re.ASCII):
-        raise _bad("Content-Length is not one number")
-    if len(lengths[0]) > 7 or int(lengths[0]) > BODY_LIMIT:
-        raise Problem(413, "too-large", f"the body is larger than {BODY_LIMIT} bytes")
-    return int(lengths[0])
-
-
-# --- writing ------------------------------------------------------------------
-
-
-def render(answer: Reply, *, keep: bool, body: bool = True) -> bytes:
-    """The reply as bytes; `body` is False for the answer to HEAD."""
-    headers = [
-        ("Server", "codexd"),
-        ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
-        ("Content-Type", answer.type),
-        ("Content-Length", str(len(answer.body))),
-        ("Cache-Control", "no-store"),
-        ("X-Content-Type-Options", "nosniff"),
-        *answer.headers,
-        *([] if keep else [("Connection", "close")]),
-    ]
-    status = f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"
-    text = "\r\n".join([status, *(f"{name}: {value}" for name, value in headers)])
-    return text.encode("latin-1") + b"\r\n\r\n" + (answer.body if body else b"")

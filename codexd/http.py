@@ -4,11 +4,16 @@ Listens on a Unix socket, whose mode decides who may connect, or on loopback
 with a token.  Submits, cancels and answers questions; it owns nothing but its
 socket, holds no state, and can be killed and started at any time.
 
-Promises: a client that is slow, silent, hostile or gone harms only itself.
-One loop serves all connections and costs nothing while nothing happens; a
-request is read under one deadline, by nobody's thread, and only a whole one is
-worked on.  When there are too many connections, the one that has been waiting
-longest without a whole request is closed, so there is always room for the next.
+The standard library's http.server parses every request and writes every reply,
+in memory (see `framing`); asyncio only moves bytes, under a deadline.  Its own
+socketserver is not used: that needs a thread a connection, and 1,000 slow
+clients would be 1,000 threads.  And it accepts some framings that must be
+refused, so each line of a head is checked before it is parsed.
+
+Promises: a client that is slow, silent, hostile or gone harms only itself.  An
+idle server costs nothing, and only a whole request is worked on.  When there
+are too many connections, the one that has kept us waiting longest is closed,
+so there is always room for the next.
 
 May fail at its start: no socket (69), no permission (77), a token that is
 missing or no secret (78).  Prints one line when it listens:
@@ -23,9 +28,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import stat
-import struct
 import sys
 import traceback
 from asyncio import StreamReader, StreamWriter
@@ -34,7 +37,7 @@ from itertools import chain
 from codexd import sockets
 from codexd.api import Api
 from codexd.config import Config, ConfigError
-from codexd.framing import CONTINUE, RETRY, Head, Problem, Reply, render, take
+from codexd.framing import HEAD_LIMIT, RETRY, Exchange, Problem, Reply, too_large_a_head
 from codexd.program import Exit, load, options
 from codexd.routes import Call, admit
 from codexd.service import Level, Service
@@ -47,29 +50,17 @@ _LINGER = 2.0  # seconds, and
 _LINGER_BYTES = 8 << 20  # to read on, so that an early reply is not lost to a reset
 
 
-class Gone(Exception):
-    """The client has closed its side; nobody waits for a reply."""
-
-
 class Link:
     """One connection."""
 
     def __init__(self, reader: StreamReader, writer: StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
-        self.buffer = bytearray()  # what was received and not yet understood
-        self.head: Head | None = None  # of the request that is being answered
+        self.exchange = Exchange()  # the request that is received or answered
         sock = writer.get_extra_info("socket")
-        self.local = sock.family == socket.AF_UNIX
-        self.uid = _peer(sock) if self.local else None
+        self.local = sockets.is_unix(sock)
+        self.uid = sockets.peer(sock) if self.local else None
         writer.transport.set_write_buffer_limits(high=0)  # drain() means: the kernel has it
-
-    async def fill(self) -> None:
-        """Receive more.  Raises Gone."""
-        chunk = await self.reader.read(_CHUNK)
-        if not chunk:
-            raise Gone
-        self.buffer += chunk
 
     async def send(self, data: bytes) -> None:
         """Raises TimeoutError when the client does not take it, OSError when it is gone."""
@@ -79,12 +70,6 @@ class Link:
 
     def abort(self) -> None:
         self.writer.transport.abort()
-
-
-def _peer(sock: socket.socket) -> int:
-    """The user at the other end of a Unix socket."""
-    found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", found)[1])
 
 
 class Server:
@@ -106,7 +91,9 @@ class Server:
     async def serve(self, bound: sockets.Bound) -> None:
         """Serve until `stop`; then answer whoever waits, and leave within GRACE."""
         servers = [
-            await asyncio.start_server(self._accept, sock=sock, backlog=sockets.BACKLOG)
+            await asyncio.start_server(
+                self._accept, sock=sock, backlog=sockets.BACKLOG, limit=HEAD_LIMIT
+            )
             for sock in bound.listening
         ]
         await self._stop.wait()
@@ -153,7 +140,7 @@ class Server:
                 await self._refuse(link, Problem(503, "busy", "too many connections", RETRY))
             while welcome and await self._exchange(link):
                 pass
-        except (Gone, TimeoutError, OSError):
+        except (EOFError, TimeoutError, OSError):
             pass  # the client went, or would go on for ever: there is nobody to tell
         finally:
             self._forget(link)
@@ -162,12 +149,12 @@ class Server:
     async def _exchange(self, link: Link) -> bool:
         """One request and its reply; whether another may follow."""
         try:
-            head, call, body = await self._receive(link)
+            call, body = await self._receive(link)
         except Problem as problem:
             await self._refuse(link, problem)
             return False
-        answer = await self._do(call, body)
-        keep = head.keep and not self._stop.is_set()
+        answer = await self._do(link, call, body)
+        keep = not (link.exchange.close_connection or self._stop.is_set())
         await self._reply(link, answer, keep)
         return keep
 
@@ -184,7 +171,7 @@ class Server:
             while left > 0 and (chunk := await link.reader.read(_CHUNK)):
                 left -= len(chunk)
 
-    async def _do(self, call: Call, body: bytes) -> Reply:
+    async def _do(self, link: Link, call: Call, body: bytes) -> Reply:
         """The Api's answer; for a bug of ours a short sentence, and the rest to the log."""
         try:
             return await self.api.answer(call, body)
@@ -193,51 +180,45 @@ class Server:
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             at = f"{where.filename}:{where.lineno}"
-            path = call.head.path[:200]
+            path = link.exchange.path[:200]
             self.service.log(Level.ERROR, "http.failed", path=path, error=repr(error), at=at)
             return Problem(500, "internal", "codexd failed; its log says how").reply
 
     # --- one request --------------------------------------------------------------------
 
-    async def _receive(self, link: Link) -> tuple[Head, Call, bytes]:
-        """A whole request, and what it asks for.  Raises Problem, Gone."""
+    async def _receive(self, link: Link) -> tuple[Call, bytes]:
+        """A whole request: what it asks for, and its body.  Raises Problem, EOFError."""
         self._unready[link] = None
-        link.head = None
-        begun = bool(link.buffer)
+        link.exchange = Exchange()
+        begun = b""
         try:
             async with asyncio.timeout(DEADLINE):
-                while (head := take(link.buffer)) is None:
-                    await link.fill()
-                    begun = True
-                link.head = head
-                call = admit(head, None if link.local else self.token)
-                body = await self._body(link, head)
+                begun = await link.reader.readexactly(1)
+                line = begun + await link.reader.readuntil()
+                while not link.exchange.take(line):
+                    line = await link.reader.readuntil()
+                call = admit(link.exchange, None if link.local else self.token)
+                if interim := link.exchange.interim():
+                    await link.send(interim)
+                return call, await link.reader.readexactly(link.exchange.length)
+        except asyncio.LimitOverrunError:
+            raise too_large_a_head() from None
         except TimeoutError:
             if not begun:
-                raise Gone from None  # it was only kept open
+                raise  # it was only kept open
             slow = f"the request was not complete within {DEADLINE:g} s"
             raise Problem(408, "slow", slow) from None
         finally:
             self._forget(link)
-        return head, call, body
-
-    async def _body(self, link: Link, head: Head) -> bytes:
-        if "expect" in head.fields and len(link.buffer) < head.length:
-            await link.send(CONTINUE)
-        while len(link.buffer) < head.length:
-            await link.fill()
-        body = bytes(link.buffer[: head.length])
-        del link.buffer[: head.length]
-        return body
 
     async def _reply(self, link: Link, answer: Reply, keep: bool) -> None:
         self.api.counts[answer.status] += 1
-        head = link.head
-        if head and head.method == "POST":
-            about = {"path": head.path[:200], "status": answer.status, "uid": link.uid}
+        asked = link.exchange
+        if asked.command == "POST":
+            about = {"path": asked.path[:200], "status": answer.status, "uid": link.uid}
             self.service.log(Level.INFO, "http.post", **about)
         self._taking[link] = None
-        await link.send(render(answer, keep=keep, body=not head or head.method != "HEAD"))
+        await link.send(asked.render(answer, keep=keep))
         self._forget(link)
 
 

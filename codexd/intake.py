@@ -29,6 +29,14 @@ class Refusal(ValueError):
     """Why a dropped file does not become a task."""
 
 
+class Conflict(Refusal):
+    """The file's key was seen with other content: `id` is the first task."""
+
+    def __init__(self, id: str, key: str) -> None:
+        super().__init__(f"key {key!r} was used by task {id} with other content")
+        self.id = id
+
+
 class Repeat(Exception):
     """The file's key was seen with the same content: `id` is the first task."""
 
@@ -91,6 +99,8 @@ class Intake:
             return self._accept(id, name, now)
         except (Refusal, taskfile.Refused, spool.Unreadable) as reason:
             facts: dict[str, object] = {"file": name, "reason": _one_line(reason), "id": id}
+            if isinstance(reason, Conflict):
+                facts["conflict"] = reason.id
             return Event(now, Note.REJECTED, facts=facts)
         except Repeat as first:
             facts = {"file": name, "key": first.key, "first": first.id, "id": id}
@@ -167,12 +177,13 @@ class Intake:
         try:
             found = place.keyed(self.dirs, key)
         except ValueError as damage:
-            raise Refusal(f"what key {key!r} stands for is lost: {damage}; move it away") from damage
+            text = f"the record of key {key!r} is damaged: {damage}; move it away"
+            raise Refusal(text) from damage
         if found is None:
             place.remember_key(self.dirs, key, place.Keyed(id, sha256))
         elif found.id != id:
             if found.sha256 != sha256:
-                raise Refusal(f"key {key!r} was used by task {found.id} with other content")
+                raise Conflict(found.id, key)
             raise Repeat(found.id, key)
 
     def _record(self, id: str, name: str, request: Request, of: str | None, now: str) -> Event:

@@ -76,11 +76,7 @@ class Follower:
             found = from_checkpoint(self.checkpoint, self._fd) if self.checkpoint else None
             self.book = found or Book()
         if os.fstat(self._fd).st_size > self.book.offset:
-            try:
-                catch_up(self.book, self._fd)
-            except LedgerBroken:
-                self.close()  # the next time shall meet the same line again
-                raise
+            catch_up(self.book, self._fd)
 
     def _same_file(self) -> bool:
         try:

@@ -17,14 +17,12 @@ be trusted ends the process, and the next start replays it.
 from __future__ import annotations
 
 import errno
-import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
 
-from codexd import __version__, clock, dispatch, lock, place, prompt, session, spool, transcript
+from codexd import __version__, clock, dispatch, heartbeat, lock, place, spool
 from codexd.config import Config, ConfigError
 from codexd.control import Controls
 from codexd.finish import Finish, Finished
@@ -32,14 +30,14 @@ from codexd.gate import DISK, Keeper
 from codexd.intake import Intake
 from codexd.launcher import Processes
 from codexd.ledger import Ledger, LedgerBroken, LedgerFull
-from codexd.model import Event, Kind, Note, Request, Resume, State, Task, is_id
+from codexd.model import Event, Kind, Note, State, Task, is_id
+from codexd.orders import Orders
 from codexd.outcome import Outcome
 from codexd.program import Exit, load, options
 from codexd.service import Level, Service
 
 SCAN = 3.0  # seconds between looks into the inbox without a hint
 STOP = 12.0  # seconds for workers to end with the daemon
-HEARTBEAT = 16384  # bytes: a file of one size can be rewritten on a full disk
 _CHECKPOINT = 4 << 20  # bytes of ledger after which the short cut is renewed
 _HOST = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE,
@@ -62,7 +60,7 @@ class Master:
         self.intake = Intake(config, self.ledger, self.settled)
         self.finish = Finish(config, self.warn)
         self.controls = Controls(config, self.ledger, self.launcher, self.keeper, self.finish)
-        self.setpriv = shutil.which("setpriv")
+        self.orders = Orders(config, self.keeper, self.finish)
         self.trouble: str | None = None  # what the host refused in the last round
         self._told: str | None = None  # and what was logged of it
         self.stop_at: float | None = None
@@ -216,7 +214,7 @@ class Master:
         active = self.launcher.active()
         gate = self.keeper.gate(now)
         chosen = dispatch.ready(self.ledger.book.tasks.values(), gate, self.config.workers, active)
-        events = [self._order(task) for task in chosen]
+        events = [self.orders.order(task) for task in chosen]
         self.record(events)
         for event in events:
             if event.kind is Kind.RUNNING:
@@ -232,83 +230,16 @@ class Master:
             # `started`, and puts it back uncounted.
             self.service.log(Level.ERROR, "worker.refused", task=id, why=str(error))
 
-    def _order(self, task: Task) -> Event:
-        """The attempt's orders, written; the event that announces it."""
-        try:
-            record = place.load(self.dirs, task.id)
-            request = Request.from_json(_mapping(record["request"]))
-        except (OSError, ValueError, KeyError, TypeError) as damage:
-            return self._cannot(task, f"its record tasks/{task.id}/task.json is damaged: {damage}")
-        thread = self._thread(task, request)
-        if request.resume is Resume.ALWAYS and thread is None:
-            if task.reason:  # there was one; this is how it was lost
-                return self._cannot(task, task.message or "", Outcome(task.reason))
-            text = f"resume: always, but session {task.session_name} has no thread yet"
-            return self._cannot(task, text)
-        number = task.launches + 1
-        orders = self._orders(task, request, thread)
-        place.begin_attempt(self.dirs, task.id, number, {"attempt": number, **orders})
-        facts = {"launches": number, "attempts": task.attempts + 1, "thread": thread}
-        return Event(clock.now(), Kind.RUNNING, task.id, facts)
-
-    def _cannot(self, task: Task, why: str, outcome: Outcome = Outcome.CONFIG) -> Event:
-        facts = {"outcome": outcome.value, "message": why}
-        return self.controls.end(task, Kind.FAILED, facts)
-
-    def _thread(self, task: Task, request: Request) -> str | None:
-        """The thread to continue: the task's own once it has run, else its session's."""
-        if task.launches:
-            return task.thread
-        if request.resume is Resume.NEVER:
-            return None
-        return self.finish.session(task.session_name).thread
-
-    def _orders(self, task: Task, request: Request, thread: str | None) -> dict[str, object]:
-        config = self.config
-        return {
-            "thread": thread,
-            "preamble": self._preamble(task, thread),
-            "header": config.prompt.header,
-            "policy": config.prompt.policy,
-            "workdir": task.workdir or str(config.workdir),
-            "workdirs": [str(root) for root in config.workdirs],
-            "bin": self.keeper.binary,
-            "home": self.keeper.home,
-            "env": self.keeper.env_keys,
-            "model": request.model or config.codex.model,
-            "profile": request.profile or config.codex.profile,
-            "sandbox": (request.sandbox or config.codex.sandbox).value,
-            "timeout": request.timeout or config.timeout,
-            "idle_timeout": request.idle_timeout or config.idle_timeout,
-            "setpriv": self.setpriv,
-            "memory": {
-                "on": request.memory,
-                "paths": list(config.memory.paths),
-                "hits": config.memory.hits,
-                "chars": config.memory.chars,
-                "rg": None,
-            },
-        }
-
-    def _preamble(self, task: Task, thread: str | None) -> str:
-        """What the model must know before a task that has run already."""
-        begun = any(self.finish.began(task.id, n) for n in range(1, task.launches + 1))
-        if not begun:
-            return ""
-        if thread:
-            return prompt.RESUMED
-        path = self.dirs.transcripts / f"{session.stem(task.session_name)}.jsonl"
-        records = [r for r in transcript.last(path, 20) if not _asked(r, task.id)]
-        said = prompt.summary(records, self.config.memory.chars)
-        return f"{prompt.FRESH}\n\n{said}" if said else ""
-
     # --- the rest ---------------------------------------------------------------------
 
     def tend(self, now: float) -> None:
         """A checkpoint now and then, so that the next start is short."""
         if self.ledger.unmarked >= _CHECKPOINT and now >= self._next_checkpoint:
-            self.ledger.checkpoint()
             self._next_checkpoint = now + 10.0
+            try:
+                self.ledger.checkpoint()
+            except OSError as error:  # it is no more than a short cut
+                self.service.log(Level.ERROR, "host.refuses", what=sentence(error))
 
     def summary(self) -> dict[str, object]:
         """What the heartbeat tells readers."""
@@ -316,7 +247,6 @@ class Master:
         return {
             "version": __version__,
             "pid": os.getpid(),
-            "beat": time.clock_gettime(time.CLOCK_BOOTTIME),
             "at": clock.now(),
             "launcher": self.launcher.kind,
             "watch": self.watch.kind,
@@ -332,17 +262,11 @@ class Master:
         }
 
     def beat(self) -> None:
-        """Rewrite the heartbeat in place: that works on a full disk, too."""
+        """Tell readers how things are."""
         told = self.summary()
         self.service.status(_one_line(told))
-        data = json.dumps(told).encode()[:HEARTBEAT].ljust(HEARTBEAT)
         try:
-            fd = os.open(self.dirs.heartbeat, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
-            try:
-                os.pwrite(fd, data, 0)
-                os.ftruncate(fd, HEARTBEAT)  # should somebody have made it longer
-            finally:
-                os.close(fd)
+            heartbeat.write(self.dirs.heartbeat, told)
         except OSError as error:
             self.refused(error)
 
@@ -367,27 +291,29 @@ class Master:
             active = self.launcher.active()
         if active:
             return 0.1
-        self.collect()
-        self.record([Event(clock.now(), Note.STOPPED)])
-        self.ledger.checkpoint()
+        try:
+            self.collect()
+            self.record([Event(clock.now(), Note.STOPPED)])
+            self.ledger.checkpoint()
+        except OSError as error:
+            self.refused(error)  # the next start does what was left
         raise StopIteration
 
 
+_MEND = {
+    errno.EISDIR: "; move it away",
+    errno.ENOTDIR: "; move it away",
+    errno.EEXIST: "; move it away",
+    errno.ENOSPC: "; make room",
+    errno.EROFS: "; mount it writable",
+    errno.EACCES: "; give it to the user that codexd runs as",
+}
+
+
 def sentence(error: OSError) -> str:
-    """Where and what."""
-    what = error.strerror or str(error)
+    """Where, what, and what to do."""
+    what = (error.strerror or str(error)) + _MEND.get(error.errno or 0, "")
     return f"{error.filename}: {what}" if error.filename else what
-
-
-def _mapping(value: object) -> dict[str, object]:
-    if not isinstance(value, dict):
-        raise TypeError("not an object")
-    return value
-
-
-def _asked(record: dict[str, object], id: str) -> bool:
-    """Whether a line of the transcript is the task's own prompt, which it says anyway."""
-    return record.get("task") == id and record.get("role") == "user"
 
 
 def _one_line(told: dict[str, object]) -> str:
@@ -424,11 +350,13 @@ def serve(config: Config, service: Service, started: Callable[[Master], None]) -
         service.log(Level.ERROR, "already.served", why=why)
         return Exit.UNAVAILABLE
     except PermissionError as error:
-        service.log(Level.ERROR, "no.permission", path=error.filename, why=error.strerror)
+        service.log(Level.ERROR, "no.permission", why=sentence(error))
         return Exit.PERMISSION
-    except (LedgerBroken, OSError) as error:
-        why = sentence(error) if isinstance(error, OSError) else str(error)
-        service.log(Level.ERROR, "cannot.go.on", why=why)
+    except OSError as error:
+        service.log(Level.ERROR, "cannot.go.on", why=sentence(error))
+        return Exit.UNAVAILABLE
+    except LedgerBroken as broken:
+        service.log(Level.ERROR, "cannot.go.on", why=f"{config.dirs.ledger}: {broken}")
         return Exit.UNAVAILABLE
     return Exit.DONE
 

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 DEADLINE = 5.0  # seconds
 FILES, SHORTLIST = 40, 160  # files ranked by section; files ranked by size as well
 FLOOR = 200  # bytes; a shorter section is no better for being shorter
-W_FILE, W_PATH = 0.25, 0.3  # what its file's score and its path's words add to a section
+W_FILE, W_PATH = 0.4, 0.3  # what its file's score and its path's words add to a section
 
 SECTION = 6000  # bytes above which a section is cut
-SIZES = (1000, 800, 300, 200)  # characters shown of the best, the second, … all others
+SIZES = (1000, 800, 300, 200, 120)  # characters shown of the best, the second, … all others
 USUAL, LEAST = 4000, 80  # characters in all that SIZES are meant for; too little to show
 STARTS, DEEPER = 30, 1.3  # passages tried; how much better than the head one must be
 _CUT, _FROM = "\n[…]", "[… line {}]\n"

@@ -57,7 +57,6 @@ class Kind(StrEnum):
 class Note(StrEnum):
     """What one ledger line about the daemon itself says."""
 
-    FORMAT = "format"  # first line of a file: the version of its format
     STARTED = "started"
     STOPPED = "stopped"
     REJECTED = "rejected"  # a file that never became a task

@@ -47,8 +47,13 @@ def options(name: str, what: str) -> argparse.ArgumentParser:
 
 
 def directories(args: argparse.Namespace) -> config.Directories:
-    """Where everything lies, by --root, --config, the user and the environment."""
+    """Where everything lies, by --root, --config, the user and the environment.
+
+    Raises config.ConfigError for a root that is no directory.
+    """
     root, file = getattr(args, "root", None), getattr(args, "config", None)
+    if root and os.path.lexists(root) and not os.path.isdir(root):
+        raise config.ConfigError(f"--root {root}: it must be a directory, or a name to make one")
     return config.find(
         Path(root).absolute() if root else None,
         Path(file).absolute() if file else None,

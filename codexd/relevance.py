@@ -68,10 +68,10 @@ ONE_PASSAGE = 1000  # characters up to which a text is one passage
 PASSAGE = 1500  # characters of the longest passage
 WORDS, WORDS_EDGE, WORDS_MIDDLE = 80, 20, 2  # in all; of first and last; of the others
 
-K1, B = 1.2, 0.75
+K1, B = 1.5, 0.75
 AVERAGE = 700  # a section's usual length, bytes
 W_EDGE = 1.25  # the first and the last passage against the others
-SPREAD = 0.7  # n hits in a file stand in about n**SPREAD sections
+SPREAD = 0.5  # n hits in a file stand in about n**SPREAD sections
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -31,6 +31,11 @@ def dump(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
+def lines(values: Iterable[str]) -> None:
+    """One value a line."""
+    sys.stdout.writelines(f"{value}\n" for value in values)
+
+
 def clean(text: object, breaks: bool = False) -> str:
     """Text without anything that steers a terminal."""
     keep = _HARMLESS + ("\n\t" if breaks else "")
@@ -209,6 +214,7 @@ def _reason(name: str, facts: object) -> str:
 
 def status(view: View, well: bool, health: Json) -> None:
     """One screen: is all well, what goes on, what failed last, what today used."""
+    tasks = view.short_list()
     print(f"codexd: {'all is well' if well else why(health)}")
     if "version" in health:
         print(
@@ -219,7 +225,6 @@ def status(view: View, well: bool, health: Json) -> None:
         )
         if health.get("watch_problem"):
             print(clean(f"inbox: {health['watch_problem']}"))
-    tasks = view.short_list()
     for state in ("running", "waiting", "queued"):
         _section(state, [t for t in tasks if t["state"] == state])
     _section("failed last", [t for t in tasks if t["state"] == "failed"][-5:])

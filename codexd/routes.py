@@ -2,7 +2,8 @@
 
 `admit` returns the Call that may be done, or raises Problem: a wrong Host, any
 Origin (a web page of somebody else), a missing token, an unknown route, method,
-parameter or content type.  Pure: nothing is looked up.
+parameter or content type, or a parameter's wrong value.  Pure: nothing is
+looked up.
 
 ROUTES names the operations as /openapi.json does; `api` does them.
 """
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote
 
-from codexd.framing import Head, Problem
+from codexd.framing import Exchange, Problem
+from codexd.model import State, is_id
 
 ROUTES: Mapping[str, Mapping[str, str]] = {
     "/tasks": {"GET": "list", "POST": "submit"},
@@ -28,7 +30,23 @@ ROUTES: Mapping[str, Mapping[str, str]] = {
     "/openapi.json": {"GET": "openapi"},
 }
 QUERIES = {"list": ("state", "session", "limit", "cursor"), "show": ("wait",)}
+LIMIT, WAIT = 500, 60  # the most tasks in a list, and seconds to wait for one
 
+_LIMIT = re.compile(r"[0-9]{1,3}", re.ASCII)
+_SECONDS = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?", re.ASCII)
+_VALUES: Mapping[str, tuple[str, Callable[[str], object]]] = {
+    "state": (f"one of {', '.join(State)}", lambda text: text in list(State)),
+    "session": ("a name", lambda _text: True),
+    "limit": (
+        f"a number from 1 to {LIMIT}",
+        lambda text: _LIMIT.fullmatch(text) and 1 <= int(text) <= LIMIT,
+    ),
+    "cursor": ("the `next` of the page before", is_id),
+    "wait": (
+        f"a number up to {WAIT}",
+        lambda text: _SECONDS.fullmatch(text) and float(text) <= WAIT,
+    ),
+}
 _NAMED = {"tasks": "{id}", "sessions": "{name}"}  # what follows them in a path
 _HOST = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]{0,5})?", re.IGNORECASE)
 _JSON = re.compile(r'application/json(?:\s*;\s*charset="?utf-8"?)?', re.IGNORECASE)
@@ -36,38 +54,42 @@ _JSON = re.compile(r'application/json(?:\s*;\s*charset="?utf-8"?)?', re.IGNORECA
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request that may be done: the operation, the name in its path, its query."""
+    """A request that may be done.
+
+    The operation, the name in its path, its query, its Idempotency-Key.
+    """
 
     operation: str
-    head: Head
     name: str = ""
     query: Mapping[str, str] = field(default_factory=dict)
+    key: str | None = None
 
 
 def invalid(message: str) -> Problem:
     return Problem(400, "invalid", message)
 
 
-def admit(head: Head, token: bytes | None) -> Call:
+def admit(asked: Exchange, token: bytes | None) -> Call:
     """The call that a head asks for.  `token` is None where none is needed."""
     # HTTP/1.1 without Host is here as well: it names no host we are.
-    if not _HOST.fullmatch(head.one("host") or ""):
+    if not _HOST.fullmatch(asked.one("host") or ""):
         raise Problem(421, "host", "the header Host must be localhost, 127.0.0.1 or [::1]")
-    if "origin" in head.fields:
+    if "origin" in asked.headers:
         raise Problem(403, "origin", "requests of web pages are refused")
     if token is not None:
-        _authorize(head, token)
-    route, name = _route(head.path)
-    operation = _operation(route, head.method)
-    if (head.one("expect") or "100-continue").lower() != "100-continue":
+        _authorize(asked, token)
+    route, name = _route(asked.path)
+    operation = _operation(route, asked.command)
+    if (asked.one("expect") or "100-continue").lower() != "100-continue":
         raise Problem(417, "expect", "only Expect: 100-continue is understood")
-    if head.method == "POST":
-        _check_type(head, needed=operation == "submit")
-    return Call(operation, head, name, _query(head, QUERIES.get(operation, ())))
+    if asked.command == "POST":
+        _check_type(asked, needed=operation == "submit")
+    query = _query(asked.query, QUERIES.get(operation, ()))
+    return Call(operation, name, query, asked.one("idempotency-key"))
 
 
-def _authorize(head: Head, token: bytes) -> None:
-    scheme, _, given = (head.one("authorization") or "").partition(" ")
+def _authorize(asked: Exchange, token: bytes) -> None:
+    scheme, _, given = (asked.one("authorization") or "").partition(" ")
     same = hmac.compare_digest(given.strip().encode("latin-1"), token)
     if scheme.lower() != "bearer" or not same:
         how = ("WWW-Authenticate", 'Bearer realm="codexd"')
@@ -81,9 +103,8 @@ def _operation(route: str, method: str) -> str:
     found = operations.get("GET" if method == "HEAD" else method)
     if found is None:
         allowed = [*operations, *(["HEAD"] if "GET" in operations else [])]
-        raise Problem(
-            405, "method", f"{route} does not know this method", ("Allow", ", ".join(allowed))
-        )
+        allow = ("Allow", ", ".join(allowed))
+        raise Problem(405, "method", f"{route} does not know this method", allow)
     return found
 
 
@@ -101,23 +122,27 @@ def _route(path: str) -> tuple[str, str]:
         raise Problem(404, "not-found", "the name is not percent-encoded UTF-8") from error
 
 
-def _query(head: Head, known: tuple[str, ...]) -> dict[str, str]:
+def _query(text: str, known: tuple[str, ...]) -> dict[str, str]:
     try:
-        pairs = parse_qsl(head.query, keep_blank_values=True, errors="strict", max_num_fields=20)
+        pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=20)
     except ValueError as error:
         raise invalid("the query is not NAME=VALUE&…, percent-encoded UTF-8") from error
     query = dict(pairs)
     if len(query) < len(pairs):
         raise invalid("a query parameter is there twice")
-    for name in query.keys() - set(known):
-        has = f"known here: {', '.join(known)}" if known else "there are none here"
-        raise invalid(f"unknown query parameter {name[:50]!r}; {has}")
+    for name, value in query.items():
+        if name not in known:
+            has = f"known here: {', '.join(known)}" if known else "there are none here"
+            raise invalid(f"unknown query parameter {name[:50]!r}; {has}")
+        what, fits = _VALUES[name]
+        if not fits(value):
+            raise invalid(f"{name} must be {what}")
     return query
 
 
-def _check_type(head: Head, needed: bool) -> None:
-    found = head.one("content-type")
-    if found is None and not needed and not head.length:
+def _check_type(asked: Exchange, needed: bool) -> None:
+    found = asked.one("content-type")
+    if found is None and not needed and not asked.length:
         return
     if not _JSON.fullmatch(found or ""):
         raise Problem(415, "content-type", "send Content-Type: application/json")

@@ -35,15 +35,20 @@ class Http:
         self.address = "off"
 
     def start(self) -> None:
-        """Start it and wait until it says where it listens, or that it cannot."""
+        """Start it and wait until it says where it listens.  Raises HttpFailed."""
+        child = self._spawn()
+        assert child.stdout is not None
+        said = child.stdout.readline().split()
+        if said[:1] != ["listening"]:
+            raise HttpFailed(child.wait() or Exit.UNAVAILABLE)
+        self.address = said[1]
+
+    def _spawn(self) -> subprocess.Popen[str]:
         self._not_before = time.monotonic() + _AGAIN
         self._child = subprocess.Popen(
             self._command, stdin=self._alive, stdout=subprocess.PIPE, text=True
         )
-        assert self._child.stdout is not None
-        said = self._child.stdout.readline().split()
-        if said[:1] == ["listening"]:
-            self.address = said[1]
+        return self._child
 
     def tend(self) -> None:
         """Start it again if it died."""
@@ -52,12 +57,7 @@ class Http:
             return
         if time.monotonic() >= self._not_before:
             self._service.log(Level.ERROR, "http.died", status=child.returncode)
-            self.start()
-
-    @property
-    def failed(self) -> int | None:
-        """Its exit status, if it ended with a failure."""
-        return (self._child.poll() or None) if self._child else None
+            self._spawn()  # without a wait for it: nothing may hold the master up
 
     def stop(self) -> None:
         os.close(self._ours)
@@ -106,7 +106,5 @@ def _begin(config: Config, service: Service, one: master.Master, http: Http | No
         http.start()
         one.beside = http.tend
         address = http.address
-        if address == "off":
-            raise HttpFailed(http.failed or Exit.UNAVAILABLE)
     service.ready()
     print(f"ready inbox={config.dirs.inbox} http={address}", flush=True)

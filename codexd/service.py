@@ -4,9 +4,9 @@ A role gives `Service.run` its round, a function that does everything there is
 to do and returns the seconds until it wants to be called again.  `wake` ends
 that pause from any thread or signal.  Roles contain no signal code.
 
-SIGTERM and SIGINT set `stopping`, SIGHUP sets `reload`; the round looks at
-them.  sdnotify swallows every error, so it is only asked where the manager
-really listens.
+SIGTERM and SIGINT set `stopping`, which the round looks at; SIGHUP is ignored,
+so that closing a terminal does not end what runs in it.  sdnotify swallows
+every error, so it is only asked where the manager really listens.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ class Service:
     def __init__(self, name: str) -> None:
         self.name = name
         self.stopping = False
-        self.reload = False
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._notifier = sdnotify.SystemdNotifier() if "NOTIFY_SOCKET" in os.environ else None
         self._status = ""
@@ -69,16 +68,15 @@ class Service:
             pass  # the pipe is full of wake-ups already
 
     def _signal(self, number: int, _frame: object) -> None:
-        if number == signal.SIGHUP:
-            self.reload = True
-        elif number != signal.SIGCHLD:
+        if number != signal.SIGCHLD:
             self.stopping = True
         self.wake()
 
     def run(self, step: Callable[[], float]) -> None:
         """Call `step` until it raises StopIteration."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, self._signal)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         poll = select.poll()
         poll.register(self._read, select.POLLIN)
         while True:

@@ -18,6 +18,7 @@ import os
 import re
 import socket
 import stat
+import struct
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,12 @@ def bind(config: HttpConfig, env: MutableMapping[str, str]) -> Bound:
 
 def is_unix(sock: socket.socket) -> bool:
     return sock.family == socket.AF_UNIX
+
+
+def peer(sock: socket.socket) -> int:
+    """The user at the other end of a Unix socket."""
+    found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", found)[1])
 
 
 def address(sock: socket.socket) -> str:

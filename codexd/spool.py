@@ -41,6 +41,7 @@ from codexd.model import ID_LENGTH, is_id
 from codexd.taskfile import ignored
 
 TAKE = ".take-"
+_DEBRIS = 3600.0  # seconds: no producer writes one file for so long
 SETTLE = 1.0  # seconds without a change after which a file counts as written
 _LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _INBOX_MODE = 0o3770
@@ -59,20 +60,21 @@ def prepare(dirs: Directories) -> None:
 
     Raises OSError naming the directory that cannot be made or written.
     """
-    for path in (dirs.rejected, dirs.answers, dirs.schedules, dirs.tasks, dirs.archive):
+    for path in (dirs.state, dirs.rejected, dirs.answers, dirs.tasks, dirs.archive):
         _make(path, _STATE_MODE)
-    for path in (dirs.sessions, dirs.transcripts, dirs.keys, dirs.work, dirs.run, dirs.exits):
+    for path in (dirs.sessions, dirs.transcripts, dirs.keys, dirs.work, dirs.run):
         _make(path, _STATE_MODE)
     _make(dirs.inbox, _INBOX_MODE)
     _make(dirs.codex_home, 0o700)
     _same_file_system(dirs.inbox, dirs.tasks)
     for path in (dirs.rejected, dirs.answers, dirs.sessions, dirs.keys, dirs.ledger.parent):
         durable.sweep(path)
+    durable.sweep_old(dirs.inbox, _DEBRIS)
 
 
 def _make(path: Path, mode: int) -> None:
     if os.path.lexists(path) and not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "is no directory; move it away", str(path))
+        raise NotADirectoryError(errno.ENOTDIR, "it must be a directory", str(path))
     if not path.is_dir():
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(mode)
@@ -110,7 +112,22 @@ def deliver(inbox: Path, name: str, data: bytes) -> None:
 def deliver_control(inbox: Path, name: str) -> None:
     """Put an empty control file into the inbox.  Works on a full disk."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    os.close(os.open(inbox / name, flags, 0o660))
+    try:
+        os.close(os.open(inbox / name, flags, 0o660))
+    except PermissionError:
+        # Where others write, one may not even open their file with O_CREAT
+        # (fs.protected_regular): it is there, and says the same.
+        if not is_empty_file(inbox / name):
+            raise
+
+
+def is_empty_file(path: Path) -> bool:
+    """Whether a regular file without content is there."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(found.st_mode) and not found.st_size
 
 
 # --- what is there ----------------------------------------------------------------

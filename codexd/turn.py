@@ -2,10 +2,10 @@
 
 Owns the process group of Codex from its start to its end, and the files
 events.jsonl and stderr.txt of the attempt.  Promises: whatever Codex does, the
-turn ends; at its end nothing of the process group is left, and after a stop
-nothing that ran below Codex, in whatever session.  The clocks are
-monotonic: `timeout` for the whole turn; `idle_timeout` without an event, off
-while a tool is at work; GRACE for a Codex that has ended its turn and stays.
+turn ends, and at its end nothing is left that Codex or its tools started, in
+whatever session.  The clocks are monotonic: `timeout` for the whole turn;
+`idle_timeout` without an event, off while a tool is at work; GRACE for a Codex
+that has ended its turn and stays.
 
 Raises OSError when Codex cannot be started.  Lean: the worker uses it.
 """
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 STEPS = ((signal.SIGINT, 5.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0))
 GRACE = 10.0  # seconds for Codex to exit after the turn has ended
+CLEANUP = 5.0  # seconds for what Codex left behind to be gone
 STDERR_KEPT = 1 << 20
 EVENTS_KEPT = 256 << 20
+_PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 _HEAD = 8192  # bytes of the beginning and of the end of stderr that are looked at
 
 
@@ -51,7 +53,6 @@ class Turn:
         self.status: int | None = None
         self.usage: Any = None
         self.head = self.tail = b""
-        self._lock = f"/workers/{os.path.basename(os.path.dirname(place))}.lock"
         self._step = 0
         self._next_step = 0.0
         if orders.get("setpriv"):
@@ -81,6 +82,7 @@ class Turn:
         )
         for fd in (stdin, child_out, child_err):
             os.close(fd)
+        _adopt_orphans()
         self._gone = os.pidfd_open(self.pid)
         self._pipes = {out: self._output, err: self._errors}
         for fd in self._pipes:
@@ -187,9 +189,7 @@ class Turn:
             # Whoever ended us ended Codex in the same moment: that is no crash of it.
             self.stop_reason = self.stop_reason or "interrupted"
         self.signal(signal.SIGKILL)  # what its tools left running
-        if self.stop_reason or self.status:
-            # Tools have sessions of their own, and nobody may be left to look after them.
-            _end(_heirs(self._lock))
+        _end_children()  # and what they put into sessions of its own
         for fd in list(self._pipes):
             self._drain(fd)
         self._events.close()
@@ -197,6 +197,8 @@ class Turn:
         self.reader.finish()
 
     def _tick(self) -> None:
+        if self.status is None:
+            _reap_orphans(self.pid)
         now = time.monotonic()
         if self._step and now >= self._next_step:
             self._escalate()
@@ -208,40 +210,54 @@ class Turn:
         self.status = os.waitstatus_to_exitcode(status)
 
 
-def _heirs(lock: str) -> list[int]:
-    """All that Codex started and left, as a pidfd each: where no unit holds them together,
-    they have inherited from us the lock that the daemon waits for."""
-    here = str(os.getpid())
-    pids = [pid for pid in os.listdir("/proc") if pid.isdigit() and pid != here]
-    return [fd for pid in pids if _holds(pid, lock) and (fd := _pidfd(int(pid))) is not None]
-
-
-def _holds(pid: str, lock: str) -> bool:
+def _adopt_orphans() -> None:
+    """Whatever loses its parent below us becomes our child, and cannot get away."""
     try:
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            if os.readlink(f"/proc/{pid}/fd/{fd}").endswith(lock):
-                # A daemon that just looks at the file has it open, too, and no lock.
-                with open(f"/proc/{pid}/fdinfo/{fd}") as file:
-                    return "FLOCK" in file.read()
-    except OSError:
-        return False  # it has just ended, or is somebody else's
-    return False
+        import ctypes  # costs 6 ms, and Codex is starting meanwhile
+    except ImportError:
+        return  # a Python without it; then only a unit holds everything together
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _pidfd(pid: int) -> int | None:
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None  # it has just ended
+def _reap_orphans(codex: int) -> None:
+    """Those that have ended, but not Codex: its use of the processor is wanted."""
+    ended = os.WEXITED | os.WNOHANG
+    while (one := os.waitid(os.P_ALL, 0, ended | os.WNOWAIT)) and one.si_pid != codex:
+        os.waitpid(one.si_pid, 0)
 
 
-def _end(pidfds: list[int]) -> None:
-    for fd in pidfds:
+def _end_children() -> None:
+    """SIGKILL for every child, and for those that so become our children.
+
+    Gives up after a while: a process may hang in the kernel.
+    """
+    end = time.monotonic() + CLEANUP
+    while time.monotonic() < end:
         try:
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it has ended by itself
-        os.close(fd)
+            if os.waitpid(-1, os.WNOHANG)[0]:
+                continue
+        except ChildProcessError:
+            return  # there are none, as nearly always
+        for pid in _children():
+            try:
+                os.kill(pid, signal.SIGKILL)  # only we can reap it: it is still that one
+            except PermissionError:
+                continue  # of another user, by sudo
+        time.sleep(0.005)
+
+
+def _children() -> list[int]:
+    here, found = os.getpid(), []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has just ended
+            if int(fields[1]) == here:
+                found.append(int(name))
+    return found
 
 
 class _Kept:

@@ -9,13 +9,14 @@ Raises OSError where a file may not be read, LedgerBroken for a newer format.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from codexd import durable, lock, place, session, spool, taskfile
+from codexd import durable, heartbeat, lock, place, session, spool, taskfile
 from codexd.config import Directories
 from codexd.ledger import Follower
 from codexd.model import Event, State, Task, is_id, to_json
@@ -23,7 +24,6 @@ from codexd.outcome import Outcome
 
 LATE = 15.0  # seconds without a heartbeat after which the master counts as down
 _MONTH = re.compile(r"[0-9]{4}-[0-9]{2}", re.ASCII)
-_BEAT_LIMIT = 64 << 10
 
 Json = dict[str, object]
 
@@ -72,7 +72,7 @@ class View:
         try:
             return place.status(self.dirs, id)
         except ValueError as damage:
-            text = f"{damage}: damaged; the ledger and the answer tell what it came to"
+            text = f"its record is damaged: {damage}; the ledger tells what it came to"
             known = Task(id, State.FAILED, outcome=Outcome.UNKNOWN, message=text)
             return to_json(known, None, None)
 
@@ -105,32 +105,45 @@ class View:
         return [_without_answer(t) for t in both if _matches(t, state, session)]
 
     def page(
-        self, state: str | None, session: str | None, limit: int, cursor: str | None
+        self,
+        state: str | None,
+        session: str | None,
+        limit: int,
+        cursor: str | None,
+        seconds: float = math.inf,
     ) -> tuple[list[Json], str | None]:
         """Tasks from the newest id down, and the cursor of the next page.
 
         Ids begin with the time of their making, so their order is that of the
-        tasks; `cursor` is the last id of the page before.
+        tasks; `cursor` is the last id of the page before.  A rare task could be
+        looked for through years of archive: after `seconds` the page ends as it
+        is, and its cursor leads on from there.
         """
         self.refresh()
+        until = time.monotonic() + seconds
         found: list[Json] = []
-        for id in self._ids(cursor):
+        archived = state not in [s for s in State if not s.ended]
+        for id in self._ids(cursor, archived):
             live = self._follower.book.tasks.get(id)
             task = to_json(live, None, None) if live else self._ended(id)
             if task and _matches(task, state, session):
                 found.append(_without_answer(task))
-                if len(found) == limit:
-                    return found, id
+            if len(found) == limit or time.monotonic() >= until:
+                return found, id
         return found, None
 
-    def _ids(self, below: str | None) -> Iterator[str]:
-        """Every id, newest first, live and archived, one month in memory at a time."""
+    def _ids(self, below: str | None, archived: bool) -> Iterator[str]:
+        """The ids of live tasks, and of `archived` ones, newest first.
+
+        One month is in memory at a time.
+        """
         live = sorted(self._follower.book.tasks, reverse=True)
         by_month: dict[str, set[str]] = {}
         for id in live:
             by_month.setdefault(f"{id[:4]}-{id[4:6]}", set()).add(id)
         try:
-            months = {m for m in os.listdir(self.dirs.archive) if _MONTH.fullmatch(m)}
+            names = os.listdir(self.dirs.archive) if archived else []
+            months = {m for m in names if _MONTH.fullmatch(m)}
         except FileNotFoundError:
             months = set()
         for month in sorted(months | by_month.keys(), reverse=True):
@@ -172,22 +185,20 @@ class View:
         `status` is `ok`, `down` (no heartbeat), `trouble`, or the reasons for
         which the gate is closed.
         """
-        beat = self._heartbeat()
-        if beat is None or not self._served():
-            return False, {"status": "down", "message": "the master is not running"}
-        gate = beat.get("gate")
-        closed = sorted(gate) if isinstance(gate, dict) else []
-        said = beat.pop("beat")
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - float(str(said))
+        inbox = self._inbox_depth()
+        found = heartbeat.read(self.dirs.heartbeat)
+        if found is None or not self._served():
+            return False, {"status": "down", "message": "the master is not running", **inbox}
+        age, told = found
+        gate = told.get("gate")
         status = "ok"
         if not 0 <= age < LATE:
-            status, beat["message"] = "down", f"no sign of life of the master for {age:.0f} s"
-        elif beat.get("trouble"):
+            status, told["message"] = "down", f"no sign of life of the master for {age:.0f} s"
+        elif told.get("trouble"):
             status = "trouble"
-        elif closed:
-            status = ",".join(closed)
-        inbox = self._inbox_depth()
-        return status == "ok", {"status": status, **beat, "heartbeat_age": round(age, 1), **inbox}
+        elif isinstance(gate, dict) and gate:
+            status = ",".join(sorted(gate))
+        return status == "ok", {"status": status, **told, "heartbeat_age": round(age, 1), **inbox}
 
     def _served(self) -> bool:
         """Whether a master holds the lock: of one that was killed the heartbeat stays."""
@@ -195,12 +206,6 @@ class View:
             return lock.is_held(self.dirs.lock)
         except PermissionError:
             return True  # not for us to see; then the heartbeat alone tells
-
-    def _heartbeat(self) -> Json | None:
-        try:
-            return durable.read_json(self.dirs.heartbeat, _BEAT_LIMIT)
-        except (FileNotFoundError, ValueError):
-            return None
 
     def _inbox_depth(self) -> Json:
         try:

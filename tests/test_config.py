@@ -138,7 +138,7 @@ def test_every_key(dirs: Directories, tmp_path: Path) -> None:
         dirs,
         """\
 workers: 64
-launcher: systemd
+launcher: process
 workdir: src/website/
 workdirs: [src, /srv/build, ~/code]
 timeout: 90
@@ -162,7 +162,7 @@ limits: {file: 512K, queue: 1, disk_free: 2G}
 """,
     )
     state = dirs.state
-    assert (found.workers, found.launcher) == (64, Launcher.SYSTEMD)
+    assert (found.workers, found.launcher) == (64, Launcher.PROCESS)
     assert found.workdir == state / "src/website"
     home = Path(os.path.expanduser("~"))
     assert found.workdirs == (state / "src", Path("/srv/build"), home / "code")
@@ -208,7 +208,7 @@ def test_a_byte_order_mark_and_crlf_are_tolerated(dirs: Directories) -> None:
 def test_root_means_child_processes(tmp_path: Path) -> None:
     dirs = Directories.below(tmp_path)
     assert load(dirs, explicit=False).launcher is Launcher.PROCESS
-    assert read(dirs, "launcher: systemd\n").launcher is Launcher.PROCESS
+    assert read(dirs, "launcher: auto\n").launcher is Launcher.PROCESS
 
 
 # --- mistakes ----------------------------------------------------------------------
@@ -244,7 +244,7 @@ PATH = "a path: absolute, relative or ~/..., at most 4096 bytes"
         ("workers: four", f":1: workers: found 'four'; allowed: {WHOLE} 1 to 64"),
         ("workers:", f":1: workers: found no value; allowed: {WHOLE} 1 to 64"),
         ("workers: [4]", f":1: workers: found a list; allowed: {WHOLE} 1 to 64"),
-        ("launcher: docker", ":1: launcher: found 'docker'; allowed: auto, systemd, process"),
+        ("launcher: docker", ":1: launcher: found 'docker'; allowed: auto, process"),
         (
             "timeout: 12:30:45",
             f":1: timeout: found '12:30:45'; allowed: a duration from 1s to 24h, {DURATION}",

@@ -21,7 +21,7 @@ from codexd import place
 from codexd.ledger import Ledger
 from codexd.model import Event, Kind
 from tests.daemon import PYTHON, Daemon, until
-from tests.processes import codex_of, gone, kill, naming, worker_of
+from tests.processes import codex_of, commands, gone, kill, naming, worker_of
 from tests.scripted_cases import CaseModel
 from tests.test_failures import Seen, id_of, prepared
 
@@ -72,7 +72,11 @@ class Interrupted:
         self.turn_id = id_of(daemon, f"{name}-turn.md")
         self.tool_id = id_of(daemon, f"{name}-tool.md")
         self.thread = model.wait_held(name).thread_id
-        until(lambda: naming(self.nap), "the tool")
+        until(self.sleeps, "the tool")
+
+    def sleeps(self) -> bool:
+        """Whether the tool is at work; before that, only its command line is there."""
+        return self.nap.split() in commands().values()
 
     def all_gone(self) -> None:
         for text in (self.turn_id, self.tool_id, self.nap):
@@ -106,7 +110,7 @@ def test_the_master_alone_is_killed(daemon: Daemon, model: CaseModel) -> None:
     both.finished()
     front, text = daemon.answer("behind")
     assert (text, front["thread"]) == ("behind\n", both.thread)
-    assert not list(daemon.dirs.tasks.iterdir())
+    until(lambda: not list(daemon.dirs.tasks.iterdir()), "an empty tasks/")
     assert daemon.json("session", "show", both.turn_id)["tasks"] == 2
 
 
@@ -289,7 +293,7 @@ def test_a_second_daemon_and_an_ask_disturb_nobody(daemon: Daemon, model: CaseMo
     assert (asked.returncode, asked.stdout) == (0, "an answer beside it\n")
     out, err = second.communicate(timeout=20)
     assert (second.returncode, out) == (69, "")
-    assert re.search(rf"already\.served root={daemon.root}\n", err), err
+    assert f'already.served why="another codexd serves {daemon.root}; stop that one' in err
     model.release("only")
     front, text = daemon.answer("only")
     assert (text, front["attempts"]) == ("only once\n", 1)
@@ -358,7 +362,6 @@ def damage_the_rest(daemon: Daemon) -> None:
     dirs.checkpoint.write_bytes(b'{"format": 1, "offset": "nine"}')
     dirs.heartbeat.write_bytes(b"\xff" * 100_000)
     (dirs.run / "workers" / "junk.lock").write_text("junk")
-    (dirs.exits / "junk").write_text("junk")
     (dirs.archive / "junk").write_text("junk")
     (dirs.answers / ".half.123.tmp").write_text("half an answer")
     (dirs.inbox / ".take-20260101t000000-unknown000").write_text("[[say a foundling]]")

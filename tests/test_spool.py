@@ -70,6 +70,20 @@ def test_prepare_sweeps_only_where_the_master_alone_writes(dirs: Directories) ->
     assert [p.exists() for p in others] == [True, True]
 
 
+def test_what_dead_producers_left_is_swept_after_an_hour(dirs: Directories) -> None:
+    old = [".x.json.12.tmp", ".notes.tmp", ".x.md.tmp", ".take-1", "x.12.tmp", ".x.²3.tmp"]
+    for name in old:
+        (dirs.inbox / name).touch()
+        os.utime(dirs.inbox / name, (0, time.time() - 3700))
+    (dirs.inbox / ".y.json.12.tmp").touch()
+    (dirs.inbox / ".link.12.tmp").symlink_to("nowhere")
+    os.utime(dirs.inbox / ".link.12.tmp", (0, 0), follow_symlinks=False)
+    (dirs.inbox / ".dir.12.tmp").mkdir()
+    os.utime(dirs.inbox / ".dir.12.tmp", (0, 0))
+    spool.prepare(dirs)
+    assert set(names(dirs.inbox)) == {*old[1:], ".y.json.12.tmp", ".link.12.tmp", ".dir.12.tmp"}
+
+
 def test_a_file_in_the_place_of_a_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "inbox").touch()
     with pytest.raises(OSError, match="inbox"):
@@ -109,6 +123,23 @@ def test_a_control_file_is_empty_and_may_be_there_already(dirs: Directories) -> 
     for _ in range(2):
         spool.deliver_control(dirs.inbox, "all.hold")
     assert (dirs.inbox / "all.hold").read_bytes() == b""
+
+
+@NEEDS_ROOT
+def test_a_control_file_of_another_user_counts(dirs: Directories) -> None:
+    """With fs.protected_regular nobody opens it, whatever its mode."""
+    dirs.inbox.chmod(0o3777)
+    for name, text in (("all.hold", ""), ("all.drain", "not empty")):
+        (dirs.inbox / name).write_text(text)
+        (dirs.inbox / name).chmod(0o600)
+    code = (
+        f"os.chdir(sys.argv[1]); {BECOME_NOBODY}\n"
+        "for name in ('all.hold', 'all.release', 'all.drain'):\n"
+        "    spool.deliver_control(Path(), name); print(name)"
+    )
+    said = run(code, dirs.inbox)
+    assert said.stdout.split() == ["all.hold", "all.release"]
+    assert "PermissionError" in said.stderr
 
 
 def test_a_fifo_in_its_place_does_not_hold_up_whoever_delivers(dirs: Directories) -> None:

@@ -1,0 +1,112 @@
+"""What an attempt is told: everything the worker needs, written before it is started.
+
+Part of the master.  Decides which thread an attempt continues and what the
+model must know of the attempts before; writes tasks/ID/N/attempt.json, and
+returns the ledger event that announces the attempt, or the one that ends a task
+that cannot be attempted at all.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+from codexd import clock, place, prompt, session, transcript
+from codexd.config import Config
+from codexd.finish import Finish
+from codexd.gate import Keeper
+from codexd.model import Event, Kind, Request, Resume, Task, apply
+from codexd.outcome import Outcome
+
+
+class Orders:
+    """Writes the orders of attempts."""
+
+    def __init__(self, config: Config, keeper: Keeper, finish: Finish) -> None:
+        self.config = config
+        self.dirs = config.dirs
+        self.keeper = keeper
+        self.finish = finish
+        self.setpriv = shutil.which("setpriv")  # ends Codex with its worker
+
+    def order(self, task: Task) -> Event:
+        """The attempt's orders, written; the event that announces it."""
+        try:
+            record = place.load(self.dirs, task.id)
+            request = Request.from_json(_mapping(record["request"]))
+        except (OSError, ValueError, KeyError, TypeError) as damage:
+            return self._cannot(task, f"its record tasks/{task.id}/task.json is damaged: {damage}")
+        thread = self._thread(task, request)
+        if request.resume is Resume.ALWAYS and thread is None:
+            if task.reason:  # there was one; this is how it was lost
+                return self._cannot(task, task.message or "", Outcome(task.reason))
+            text = f"resume: always, but session {task.session_name} has no thread yet"
+            return self._cannot(task, text)
+        number = task.launches + 1
+        orders = self._orders(task, request, thread)
+        place.begin_attempt(self.dirs, task.id, number, {"attempt": number, **orders})
+        facts = {"launches": number, "attempts": task.attempts + 1, "thread": thread}
+        return Event(clock.now(), Kind.RUNNING, task.id, facts)
+
+    def _cannot(self, task: Task, why: str, outcome: Outcome = Outcome.CONFIG) -> Event:
+        facts = {"outcome": outcome.value, "message": why}
+        event = Event(clock.now(), Kind.FAILED, task.id, facts)
+        self.finish.conclude(apply(task, event), None)
+        return event
+
+    def _thread(self, task: Task, request: Request) -> str | None:
+        """The thread to continue: the task's own once it has run, else its session's."""
+        if task.launches:
+            return task.thread
+        if request.resume is Resume.NEVER:
+            return None
+        return self.finish.session(task.session_name).thread
+
+    def _orders(self, task: Task, request: Request, thread: str | None) -> dict[str, object]:
+        config = self.config
+        return {
+            "thread": thread,
+            "preamble": self._preamble(task, thread),
+            "header": config.prompt.header,
+            "policy": config.prompt.policy,
+            "workdir": task.workdir or str(config.workdir),
+            "workdirs": [str(root) for root in config.workdirs],
+            "bin": self.keeper.binary,
+            "home": self.keeper.home,
+            "env": self.keeper.env_keys,
+            "model": request.model or config.codex.model,
+            "profile": request.profile or config.codex.profile,
+            "sandbox": (request.sandbox or config.codex.sandbox).value,
+            "timeout": request.timeout or config.timeout,
+            "idle_timeout": request.idle_timeout or config.idle_timeout,
+            "setpriv": self.setpriv,
+            "memory": {
+                "on": request.memory,
+                "paths": list(config.memory.paths),
+                "hits": config.memory.hits,
+                "chars": config.memory.chars,
+                "rg": None,
+            },
+        }
+
+    def _preamble(self, task: Task, thread: str | None) -> str:
+        """What the model must know before a task that has run already."""
+        begun = any(self.finish.began(task.id, n) for n in range(1, task.launches + 1))
+        if not begun:
+            return ""
+        if thread:
+            return prompt.RESUMED
+        path = self.dirs.transcripts / f"{session.stem(task.session_name)}.jsonl"
+        records = [r for r in transcript.last(path, 20) if not _asked(r, task.id)]
+        said = prompt.summary(records, self.config.memory.chars)
+        return f"{prompt.FRESH}\n\n{said}" if said else ""
+
+
+def _mapping(value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise TypeError("not an object")
+    return value
+
+
+def _asked(record: dict[str, object], id: str) -> bool:
+    """Whether a line of the transcript is the task's own prompt, which it says anyway."""
+    return record.get("task") == id and record.get("role") == "user"

@@ -1,0 +1,132 @@
+"""The host of the boxes: can it boot one, and what did dead ones leave?
+
+Owns /run/codexd-boxes: a directory for each box, with its console, its lock and the
+names of its cgroups.  A box is dead when nobody holds its lock and the test process that
+its name tells of is gone; only such a box is ever removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import os
+import signal
+import subprocess
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+from tests.box.cgroups import Cgroups, hierarchies
+from tests.box.plan import SYSTEMD, VERSION, Mode, interpreter
+
+PLACES = Path("/run/codexd-boxes")
+PREFIX = "codexd-box-"
+# Debian package → a file of it.
+PACKAGES = {
+    "systemd": SYSTEMD,
+    "systemd-sysv": "/sbin/poweroff",
+    "dbus": "/usr/bin/dbus-daemon",
+    "polkitd": "/usr/lib/polkit-1/polkitd",
+    "libpam-systemd": "/lib/*/security/pam_systemd.so",
+    "util-linux": "/usr/bin/setpriv",
+}
+
+
+# --- can it? ------------------------------------------------------------------------------
+
+
+def require(mode: Mode = "hybrid") -> None:
+    """Skip the test where no such box can be booted, but fail it where CI is set."""
+    import pytest  # the keeper needs this file, and not pytest
+
+    if reason := missing(mode):
+        if os.environ.get("CI"):
+            pytest.fail(f"CI has to run the tests in a booted systemd, but {reason}", pytrace=False)
+        pytest.skip(reason)
+
+
+@cache
+def missing(mode: Mode) -> str | None:
+    """Why this machine cannot boot such a box; None: it can."""
+    if os.geteuid() != 0:
+        return "a booted systemd needs root"
+    if lacking := [name for name, path in PACKAGES.items() if not glob.glob(path)]:
+        return f"a booted systemd needs packages: apt-get install {' '.join(lacking)}"
+    controllers = hierarchies()
+    if "" not in controllers:
+        return "a booted systemd needs a mounted cgroup v2"
+    if mode == "hybrid" and not any("memory" in names.split(",") for names in controllers):
+        return "a hybrid box needs a host with the memory controller in cgroup v1"
+    return _unreadable() or _refusal()
+
+
+def _unreadable() -> str | None:
+    """A shared libpython is found by its absolute path: another user's Python would take any."""
+    _, binds = interpreter()
+    for prefix in binds if sysconfig.get_config_var("Py_ENABLE_SHARED") else ():
+        if not all(path.stat().st_mode & 0o001 for path in [Path(prefix), *Path(prefix).parents]):
+            return f"a booted systemd needs /usr/bin/python{VERSION}, or {prefix} open to all users"
+    return None
+
+
+def _refusal() -> str | None:
+    """Try what the keeper does first."""
+    script = (
+        "mount -t tmpfs box /mnt && mkdir /mnt/upper /mnt/work /mnt/root && mount -t overlay"
+        " -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work box /mnt/root"
+    )
+    command = ["unshare", "--mount", "--cgroup", "--uts", "--ipc", "--net", "--pid", "--fork"]
+    done = subprocess.run(
+        [*command, "sh", "-c", script], capture_output=True, text=True, timeout=20
+    )
+    return f"a booted systemd is refused here: {done.stderr.strip()}" if done.returncode else None
+
+
+# --- the records --------------------------------------------------------------------------
+
+
+def record(place: Path) -> list[str]:
+    """Make the directory of a new box; the cgroups that it will have."""
+    place.mkdir(parents=True)
+    cgroups = [str(own / place.name) for own in hierarchies().values()]
+    (place / "cgroups").write_text("".join(f"{path}\n" for path in cgroups))
+    return cgroups
+
+
+def sweep() -> list[str]:
+    """Remove what dead boxes left, which is little: see the keeper; their names."""
+    return [place.name for place in sorted(PLACES.glob(f"{PREFIX}*")) if _sweep(place)]
+
+
+def _sweep(place: Path) -> bool:
+    owner = place.name.removeprefix(PREFIX).split("-")[0]
+    if Path("/proc", owner).exists():
+        return False
+    lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False  # its keeper lives, and removes it
+    else:
+        _remove(place)
+        return True
+    finally:
+        os.close(lock)
+
+
+def _remove(place: Path) -> None:
+    cgroups = Cgroups((place / "cgroups").read_text().splitlines())
+    for folder in cgroups.folders():
+        for pid in (folder / "cgroup.procs").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+    cgroups.remove()
+    forget(place)
+
+
+def forget(place: Path) -> None:
+    """Remove a box's directory: by name, for nothing must ever be deleted below a mount."""
+    if (place / "state").exists():
+        (place / "state").rmdir()
+    for name in ("console.log", "cgroups", "lock"):
+        (place / name).unlink(missing_ok=True)
+    place.rmdir()

@@ -1,0 +1,945 @@
+"""Bad input, bad configuration, a bad host: each is told in full, and nothing else is harmed.
+
+The daemon of most tests has no privileges, even where the tests run as root: root's
+power over files would hide what a user meets.  Codex is the fake one; no turn matters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codexd import ledger
+from codexd.config import Directories
+from codexd.ledger import seal
+from codexd.model import Note
+from codexd.view import View
+from tests.daemon import PYTHON, Daemon, until
+
+FAKE = Path(__file__).parent / "bin" / "codex"
+ROOT = os.geteuid() == 0
+POWERLESS = ["setpriv", "--bounding-set=-all"] if ROOT else []
+CONFIG = """\
+workers: 8
+codex:
+  bin: {bin}
+limits:
+  file: 64K
+  disk_free: {free}
+http:
+  listen: off
+"""
+USED = "20260102t030405-used000000"
+NOBODY = "20260102t030405-nobody0000"
+
+as_root = pytest.mark.skipif(not ROOT, reason="needs root: files of others, mounts, devices")
+
+
+class Mortal(Daemon):
+    """A daemon on the fake Codex, without root's power over files."""
+
+    def __init__(self, root: Path, *, bin: Path = FAKE, free: str = "0", more: str = "") -> None:
+        super().__init__(root, config=CONFIG.format(bin=bin, free=free) + more)
+        self.behave()
+
+    def behave(self, **settings: object) -> None:
+        """What the fake Codex does from now on."""
+        path = self.dirs.codex_home / "fake.json"
+        path.write_text(json.dumps({"answer": "fine", **settings}))
+
+    def start(self) -> None:
+        command = [*POWERLESS, PYTHON, "-m", "codexd.cli", "--root", str(self.root), "serve"]
+        with open(self.log, "a") as log:
+            self.child = subprocess.Popen(
+                command, env=self.env, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        assert self.child.stdout is not None
+        self.ready = self.child.stdout.readline().strip()
+        assert self.ready.startswith("ready "), self.log.read_text()[-4000:]
+
+    def health(self) -> dict[str, Any]:
+        return dict(self.json("status"))
+
+    def rejections(self) -> list[dict[str, Any]]:
+        lines = self.dirs.ledger.read_bytes().splitlines(keepends=True)
+        events = [ledger.parse(line) for line in lines if not line.startswith(b"#")]
+        return [dict(e.facts) for e in events if e.kind is Note.REJECTED]
+
+
+def refused(root: Path, *options: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Status and log of a `codexd serve` that cannot begin."""
+    done = subprocess.run(
+        [*POWERLESS, PYTHON, "-m", "codexd.cli", "--root", str(root), *options, "serve"],
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert not done.stdout
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.returncode, done.stderr.partition(" error ")[2].rstrip("\n")
+
+
+# --- files that are no tasks ----------------------------------------------------------------
+
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\1"
+KEYS = (
+    "session, workdir, model, profile, sandbox, resume, timeout, idle_timeout, priority, "
+    "attempts, key, title, images, add_dirs, output_schema, memory"
+)
+LINE = "allowed: 1 to 200 printable characters on one line"
+LATER = "this version of codexd does not have this key"
+PLAIN = "aliases, anchors and tags are not allowed; quote *, & or !"
+BELOW = "is not below a configured root (ROOT/work); see workdirs in ROOT/codexd.yaml"
+
+
+def front(matter: str) -> str:
+    """A Markdown task with this front matter, which begins at line 2."""
+    return f"---\n{matter}\n---\nDo this."
+
+
+# name: the content, and the whole reason (ROOT stands for the daemon's, ABOVE for its parent)
+FILES: dict[str, tuple[str | bytes, str]] = {
+    "empty.md": ("", "the file is empty"),
+    "blank.md": (" \n\t\n", "the file is blank"),
+    "picture.md": (PNG, "line 3: a NUL byte; a task file is UTF-8 text"),
+    "nul.md": (b"Do\nthis\0", "line 2: a NUL byte; a task file is UTF-8 text"),
+    "large.md": ("x" * 70_000, "70000 bytes; the limit is 65536 (limits.file)"),
+    "latin1.md": (b"The\ncaf\xe9\n", "line 2: not UTF-8 (byte 0xe9); save the file as UTF-8"),
+    "utf16.md": ("Do this".encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
+    "utf16be.txt": (b"\xfe\xff\0D\0o", "the file is UTF-16; save it as UTF-8"),
+    "utf32.md": ("Do this".encode("utf-32"), "the file is UTF-32; save it as UTF-8"),
+    # front matter, YAML, JSON
+    "malformed.md": (
+        front("session: [a"),
+        "line 2: not valid YAML: expected ',' or ']', but got '<stream end>'",
+    ),
+    "colon.md": (
+        front("title: a: b"),
+        "line 2: not valid YAML: mapping values are not allowed here; "
+        "quote a value that contains ': '",
+    ),
+    "tab.yaml": (
+        "prompt: x\n\tsession: y\n",
+        "line 2: not valid YAML: found character '\\t' that cannot start any token",
+    ),
+    "comma.json": (
+        '{"prompt": "x"\n "session": "y"}', "line 2: not valid JSON: Expecting ',' delimiter",
+    ),
+    "cut.json": ('{"prompt": "x', "line 1: not valid JSON: Unterminated string starting at"),
+    "list.json": ('["x"]', "line 1: found a list; allowed: keys with their values"),
+    "nan.json": ('{"prompt": "x", "priority": NaN}', "line 1: not valid JSON: NaN"),
+    "two.yaml": (
+        "prompt: x\n---\nprompt: y\n",
+        "line 3: a second document begins here; only one is allowed",
+    ),
+    "tag.yaml": ("prompt: !!python/object/apply:os.system [id]\n", f"line 1: {PLAIN}"),
+    "bomb.md": (front("a: &a [x, x]\nb: &b [*a, *a]\nsession: *b"), f"line 2: {PLAIN}"),
+    "many.yaml": (f"images: [{'a, ' * 2000}a]\nprompt: x", "line 1: more than 1000 values"),
+    "deep.yaml": ("prompt: x\nimages: " + "[" * 5000, "line 2: nested deeper than 20 levels"),
+    "deep.md": (front("images: " + "[" * 30 + "]" * 30), "line 2: nested deeper than 20 levels"),
+    "deep.json": (
+        '{"images":\n' + "[" * 500 + "]" * 500 + "}", "line 2: nested deeper than 20 levels",
+    ),
+    "twice.md": (
+        front("session: a\nsession: b"), "line 3: session: duplicate key, line 2 has it",
+    ),
+    "twice.json": (
+        '{"prompt": "x",\n "prompt": "y"}', "line 2: prompt: duplicate key, line 1 has it",
+    ),
+    "unknown.md": (
+        front("sesion: a"),
+        f"line 2: sesion: unknown key (did you mean session?); allowed: {KEYS}",
+    ),
+    "unknown.json": (
+        '{"prompt": "x", "color": "red"}',
+        f"line 1: color: unknown key; allowed: {KEYS}, prompt",
+    ),
+    "open.md": (
+        "---\nsession: a\n\nDo this.",
+        "line 1: a first line --- begins front matter, which needs a line --- after it",
+    ),
+    "bare.md": ("---\nsession: a\n---\n\n", "no prompt: nothing follows the front matter"),
+    "prompt.md": (
+        front("prompt: x"),
+        "line 2: prompt: not in front matter; the text below it is the prompt",
+    ),
+    "prompt.yaml": ("session: a\n", "prompt: missing; allowed: a text that is not blank"),
+    # values
+    "priority.md": (
+        front("priority: high"),
+        "line 2: priority: found 'high'; allowed: a whole number from 0 to 9",
+    ),
+    "ten.md": (
+        front("priority: 10"), "line 2: priority: found '10'; allowed: a whole number from 0 to 9",
+    ),
+    "number.json": (
+        '{"prompt": 5}', "line 1: prompt: found the number 5; allowed: a text that is not blank",
+    ),
+    "timeout.md": (
+        front("timeout: soon"),
+        "line 2: timeout: found 'soon'; allowed: a duration from 1s to 24h, "
+        "such as 90s, 30m or 2h",
+    ),
+    "images.md": (
+        front("images: a.png"),
+        "line 2: images: found 'a.png'; allowed: a list of at most 20, such as [a, b]",
+    ),
+    "memory.md": (
+        front("memory: maybe"),
+        "line 2: memory: found 'maybe'; allowed: on or off (or true, false, yes, no)",
+    ),
+    "resume.md": (
+        front("resume: often"), "line 2: resume: found 'often'; allowed: auto, always, never",
+    ),
+    "attempts.md": (
+        front("attempts: 0"), "line 2: attempts: found '0'; allowed: a whole number from 1 to 20",
+    ),
+    "sandbox.md": (
+        front("sandbox: none"),
+        "line 2: sandbox: found 'none'; allowed: read-only, workspace-write, danger-full-access",
+    ),
+    "wider.md": (
+        front("sandbox: danger-full-access"),
+        "sandbox danger-full-access is wider than the configured workspace-write; "
+        "a task can only lower it (codex.sandbox)",
+    ),
+    "model.md": (
+        front("model: --yolo"),
+        "line 2: model: found '--yolo'; allowed: 1 to 100 of A-Z a-z 0-9 . _ : / -, "
+        "not beginning with -",
+    ),
+    "outside.md": (front("workdir: /etc"), f"workdir /etc {BELOW}"),
+    "dots.md": (front("workdir: a/../../.."), f"workdir ABOVE {BELOW}"),
+    "escape.md": (front('workdir: "/\\e]0;you\\a"'), f"workdir /\\x1b]0;you\\x07 {BELOW}"),
+    # keys of a later version
+    "after.md": (front("after: 1.md"), f"line 2: after: {LATER}"),
+    "not_before.json": ('{"prompt": "x", "not_before": "9am"}', f"line 1: not_before: {LATER}"),
+    "verify.md": (front("verify:\n  command: make test"), f"line 2: verify: {LATER}"),
+    "limits.yaml": ("prompt: x\nlimits: {memory: 1G}\n", f"line 2: limits: {LATER}"),
+    # names of sessions
+    "blank-name.md": (front('session: " "'), f"line 2: session: found ' '; {LINE}"),
+    "break.md": (front('session: "a\\nb"'), f"line 2: session: found 'a\\nb'; {LINE}"),
+    "red.md": (front('session: "\\e[31mred"'), f"line 2: session: found '\\x1b[31mred'; {LINE}"),
+    "bidi.md": (front('session: "a\\u202eb"'), f"line 2: session: found 'a\\u202eb'; {LINE}"),
+    "long.md": (
+        front("session: " + "s" * 201), f"line 2: session: found '{'s' * 57}'…; {LINE}",
+    ),
+    "names.md": (front("session: [a, b]"), f"line 2: session: found a list; {LINE}"),
+    "half.json": (
+        '{"prompt": "x", "session": "\\ud800"}',
+        "line 1: a text holds half a character (a lone surrogate)",
+    ),
+    # names of files
+    f"{USED}.md": ("x", f"the id {USED} is used already; drop it under another name"),
+    f"{USED}.json": ("{}", f"the id {USED} is used already; drop it under another name"),
+    "new\nline.md": ("\0", "line 1: a NUL byte; a task file is UTF-8 text"),
+    "\x1b[31mred.md": ("\0", "line 1: a NUL byte; a task file is UTF-8 text"),
+    "caf\udce9.md": ("\0", "line 1: a NUL byte; a task file is UTF-8 text"),
+    # control files
+    f"{USED}.cancel": ("please", "a control file (here .cancel) must be empty"),
+    "all.hold": ("now\n", "a control file (here .hold) must be empty"),
+    f"{NOBODY}.cancel": ("", f"there is no task {NOBODY} to cancel"),
+    f"{NOBODY}.hold": ("", f"there is no task {NOBODY} to hold"),
+    f"{NOBODY}.release": ("", f"there is no task {NOBODY} to release"),
+    f"{NOBODY}.retry": ("", f"there is no task {NOBODY}"),
+    "web.cancel": (
+        "", "'web.cancel' ends like a control file (ID.cancel); rename it to end otherwise",
+    ),
+    "web.hold": (
+        "",
+        "'web.hold' ends like a control file (ID.hold or all.hold); rename it to end otherwise",
+    ),
+    "all.cancel": (
+        "", "'all.cancel' ends like a control file (ID.cancel); rename it to end otherwise",
+    ),
+    "all.drain": ("", "all.drain: this version of codexd does not have it"),
+    "all.compact": ("", "all.compact: this version of codexd does not have it"),
+    "nobody.reset": ("", "there is no session nobody to reset"),
+    "a%zz.reset": ("", "'a%zz': '%zz' is no percent-encoding; write % as %25"),
+    "%ff.reset": ("", "'%ff' is not percent-encoded UTF-8"),
+    "%0A.reset": ("", f"'\\n' is no session's name; {LINE}"),
+}  # fmt: skip
+
+
+# --- what is no file at all -----------------------------------------------------------------
+
+
+def link_to(target: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
+
+
+def hard_link(path: Path) -> None:
+    secret = path.parent.parent / "secret"
+    secret.write_text("only for its owner")
+    os.link(secret, path)
+
+
+def directory(path: Path) -> None:
+    path.mkdir()
+    (path / "task.md").write_text("a good task in a bad place")
+
+
+def listening(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(os.path.relpath(path))  # a socket's name has at most 107 bytes
+
+
+def device(path: Path) -> None:
+    os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 5))  # zero: without an end
+
+
+def unreadable(path: Path) -> None:
+    path.touch(0)
+
+
+def anothers(path: Path) -> None:
+    path.write_text("a good task that only its owner may read")
+    path.chmod(0o600)
+    os.chown(path, 65534, 65534)
+
+
+def anothers_directory(path: Path) -> None:
+    directory(path)
+    os.chown(path, 65534, 65534)
+
+
+LINK = "it is a symbolic link: drop the file itself"
+CLOSED = "codexd may not read it: chmod g+r (or 644) it and drop it again"
+# name: how it is made, and the whole reason
+THINGS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "link.md": (link_to("../codexd.yaml"), LINK),
+    "dangling.md": (link_to("nowhere"), LINK),
+    "endless.md": (link_to("/dev/zero"), LINK),
+    "itself.md": (link_to("itself.md"), LINK),
+    f"{USED}.hold": (link_to("/dev/null"), LINK),
+    "hard.md": (hard_link, "it has another name (a hard link): drop a copy of it"),
+    "directory.md": (directory, "it is a directory"),
+    f"{NOBODY}.md": (directory, "it is a directory"),
+    f"{NOBODY[:-1]}1.cancel": (directory, "it is a directory"),
+    "fifo.md": (os.mkfifo, "it is a FIFO"),
+    f"{NOBODY[:-1]}2.cancel": (os.mkfifo, "it is a FIFO"),
+    "socket.md": (listening, "it is a socket"),
+    "unreadable.md": (unreadable, CLOSED),
+}
+ROOTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "device.md": (device, "it is a device"),
+    "anothers.md": (anothers, CLOSED),
+    "anothers-directory.md": (anothers_directory, "it is a directory"),
+}
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mortal]:
+    """A daemon that was given all of it, with a good file beside each bad one."""
+    with Mortal(tmp_path_factory.mktemp("bad") / "root") as one:
+        one.drop(f"{USED}.md", "a good task with an id of its own")
+        until(lambda: (one.dirs.answers / f"{USED}.md").exists(), "the first answer")
+        makers = {name: make for name, (make, _) in (THINGS | (ROOTS if ROOT else {})).items()}
+        for number, name in enumerate([*FILES, *makers]):
+            if name in makers:
+                makers[name](one.dirs.inbox / name)
+            else:
+                one.drop(name, FILES[name][0])
+            one.drop(f"beside-{number}.md", f"beside {name!r}")
+        yield one
+
+
+def told(daemon: Mortal, reason: str) -> str:
+    root = str(daemon.root)
+    return reason.replace("ROOT", root).replace("ABOVE", os.path.dirname(root))
+
+
+def check_rejected(daemon: Mortal, name: str, reason: str) -> None:
+    """The reason beside the file, in the ledger and nothing else; the file itself is kept."""
+    assert daemon.reason(name) == told(daemon, reason) + "\n"
+    assert [f["reason"] for f in daemon.rejections() if f["file"] == name] == [
+        told(daemon, reason)
+    ]
+    assert not os.path.lexists(daemon.dirs.inbox / name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bad_file_is_kept_with_the_reason(daemon: Mortal, name: str) -> None:
+    content, reason = FILES[name]
+    check_rejected(daemon, name, reason)
+    data = content.encode() if isinstance(content, str) else content
+    assert (daemon.dirs.rejected / name).read_bytes() == data
+
+
+@pytest.mark.parametrize("name", THINGS)
+def test_what_is_no_file_of_its_own_is_kept_with_the_reason(daemon: Mortal, name: str) -> None:
+    check_rejected(daemon, name, THINGS[name][1])
+    assert os.path.lexists(daemon.dirs.rejected / name)
+
+
+@as_root
+@pytest.mark.parametrize("name", ROOTS)
+def test_what_others_dropped_is_kept_with_the_reason(daemon: Mortal, name: str) -> None:
+    _, reason = ROOTS[name]
+    if name != "anothers-directory.md":
+        check_rejected(daemon, name, reason)
+        assert os.path.lexists(daemon.dirs.rejected / name)
+        return
+    # Only its owner can give a directory a new place.
+    said, where = daemon.reason(name).splitlines()
+    assert said == reason
+    hidden = Path(where.removeprefix("It lies in "))
+    assert (hidden / "task.md").read_text() == "a good task in a bad place"
+    assert hidden.parent == daemon.dirs.inbox
+
+
+def test_every_good_file_beside_a_bad_one_is_answered(daemon: Mortal) -> None:
+    count = len(FILES) + len(THINGS) + (len(ROOTS) if ROOT else 0)
+    for number in range(count):
+        front_matter, text = daemon.answer(f"beside-{number}")
+        assert (front_matter["state"], text) == ("done", "fine\n")
+    # Nothing else became a task, and nothing hangs about.
+    assert len(daemon.tasks()) == count + 1
+    hidden = [p for p in daemon.dirs.inbox.iterdir() if not p.name.startswith(".rejected-")]
+    assert not hidden
+    assert not list(daemon.dirs.tasks.iterdir())
+
+
+# --- names, and files that are not complete -----------------------------------------------------
+
+
+def drop_raw(daemon: Daemon, name: str, text: str) -> None:
+    """As `cp` does, for names that leave no room for a longer one."""
+    (daemon.dirs.inbox / name).write_text(text)
+
+
+def by_file(daemon: Daemon, name: str) -> dict[str, Any]:
+    """The task that a dropped file became, once it has ended."""
+
+    def ended() -> dict[str, Any] | None:
+        return next((t for t in daemon.tasks() if t["file"] == name and t["ended"]), None)
+
+    return until(ended, f"the end of {name!r}")  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("two\nlines.md", "two_lines"),
+        ("\x1b]0;title\x07.md", "__0_title_"),
+        ("caf\udce9.txt", "caf_"),
+        ("été.md", "__t__"),
+        ("a b;$(id)`.md", "a_b___id__"),
+        ("-rf.md", "-rf"),
+        ("**bold** `code` <!-- x -->.md", "__bold____code____--_x_--_"),
+        ("n" * 252 + ".md", "n" * 100),
+        ("é" * 126 + ".md", "_" * 100),
+    ],
+)
+def test_any_name_will_do(daemon: Mortal, name: str, stem: str) -> None:
+    drop_raw(daemon, name, "whatever the name")
+    task = by_file(daemon, name)
+    assert task["state"] == "done"
+    assert os.path.basename(task["answer_file"]) == f"{stem}.{task['id']}.md"
+    assert Path(task["answer_file"]).read_text().endswith("\n---\nfine\n")
+    # The ledger is one line of ASCII for each event, whatever people name their files.
+    assert daemon.dirs.ledger.read_bytes().isascii()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", daemon.log.read_text())
+
+
+def test_a_long_name_is_rejected_under_a_shorter_one(daemon: Mortal) -> None:
+    name = "long" * 62 + "xxxx.md"
+    drop_raw(daemon, name, "\0")
+    (found,) = until(lambda: list(daemon.dirs.rejected.glob("longlong*.reason")), "the reason")
+    (facts,) = [f for f in daemon.rejections() if f["file"] == name]
+    assert found.name == f"{name[:40]}.{facts['id']}.reason"
+    assert found.read_text() == facts["reason"] + "\n"
+    assert found.with_suffix("").read_bytes() == b"\0"
+
+
+def test_a_second_bad_file_of_a_name_does_not_replace_the_first(daemon: Mortal) -> None:
+    for content in ("\0first", "\0second"):
+        daemon.drop("same.md", content)
+        until(lambda c=content: c in kept(daemon, "same.md*"), content)  # type: ignore[misc]
+    assert sorted(kept(daemon, "same.md*")) == ["\0first", "\0second"]
+
+
+def kept(daemon: Daemon, pattern: str) -> list[str]:
+    found = [p for p in daemon.dirs.rejected.glob(pattern) if p.suffix != ".reason"]
+    return [p.read_text() for p in found]
+
+
+def test_a_file_is_not_taken_before_its_writer_closes_it(daemon: Mortal) -> None:
+    path = daemon.dirs.inbox / "slow.md"
+    with open(path, "w") as file:
+        file.write("---\nsession: slow\n")
+        file.flush()
+        time.sleep(2.0)  # longer than it takes for a file without a writer to be settled
+        assert path.exists()
+        file.write("---\nnow it is whole")
+    assert daemon.answer("slow")[0]["session"] == "slow"
+    assert not any("slow" in facts["file"] for facts in daemon.rejections())
+
+
+def test_a_file_that_is_linked_in_and_then_loses_its_other_name_is_taken(daemon: Mortal) -> None:
+    aside = daemon.root / "aside"
+    aside.write_text("delivered as a mail would be")
+    os.link(aside, daemon.dirs.inbox / "delivered.md")
+    aside.unlink()
+    assert daemon.answer("delivered")[1] == "fine\n"
+
+
+def test_a_key_stands_for_its_first_content(daemon: Mortal) -> None:
+    text = "---\nkey: k1\n---\nonce"
+    daemon.drop("once.md", text)
+    first = daemon.answer("once")[0]["id"]
+    daemon.drop("again.md", text)
+    daemon.drop("other.md", text + " more")
+    assert daemon.reason("other.md") == f"key 'k1' was used by task {first} with other content\n"
+    events = until(lambda: [e for e in daemon.events() if "**repeated**" in e], "the repeat")
+    assert len(events) == 1
+    assert f'first="{first}"' in events[0]
+    assert not list(daemon.dirs.answers.glob("again.*"))
+
+
+def test_a_damaged_record_of_a_key_harms_only_its_own_tasks(daemon: Mortal) -> None:
+    daemon.drop("good.md", "---\nkey: k2\n---\nonce")
+    daemon.answer("good")
+    (record,) = [p for p in daemon.dirs.keys.iterdir() if json.loads(p.read_text())["key"] == "k2"]
+    record.write_text("{")
+    daemon.drop("bad.md", "---\nkey: k2\n---\nonce")
+    reason = daemon.reason("bad.md")
+    assert reason.startswith("the record of key 'k2' is damaged: ")
+    assert reason.endswith("; move it away\n")
+
+
+def test_a_damaged_record_of_an_ended_task_cannot_be_retried(daemon: Mortal) -> None:
+    daemon.drop("ended.md", "x")
+    id = daemon.answer("ended")[0]["id"]
+    (home,) = daemon.dirs.archive.glob(f"*/{id}")
+    (home / "task.json").write_text('{"request": {"prompt": 5, "sandbox": "none"}}')
+    (daemon.dirs.inbox / f"{id}.retry").touch()
+    assert daemon.reason(f"{id}.retry").startswith(f"the record of task {id} is damaged: ")
+    (home / "status.json").write_text("")
+    shown = daemon.run("task", "show", id)
+    assert shown.returncode == 0
+    assert f"its record is damaged: {home}/status.json: not JSON: Expecting val" in shown.stdout
+    assert "; the ledger tells what it came to\n" in shown.stdout
+    assert daemon.run("task", "list").returncode == 0
+
+
+def test_nobody_can_plant_a_name_of_ours(daemon: Mortal) -> None:
+    planted = daemon.dirs.inbox / f".take-{USED}"
+    planted.mkdir()
+    (planted / "x").touch()
+    (daemon.dirs.inbox / f".take-{NOBODY}").write_text("taken under a name of ours")
+    (daemon.dirs.inbox / ".take-nonsense").write_text("ignored")
+    daemon.drop("after.txt", "and still it serves")
+    assert daemon.answer("after")[1] == "fine\n"
+    until(lambda: not planted.exists(), "the planted directory to be put aside")
+    until(lambda: (daemon.dirs.answers / f"{NOBODY}.md").exists(), "the answer to what was taken")
+    assert (daemon.dirs.inbox / ".take-nonsense").exists()
+
+
+def test_a_workdir_that_is_missing_fails_its_task_alone(daemon: Mortal) -> None:
+    daemon.drop("missing.md", "---\nworkdir: nowhere\n---\nx")
+    front_matter, text = daemon.answer("missing")
+    assert (front_matter["state"], front_matter["outcome"], text) == ("failed", "config", "")
+    assert front_matter["message"] == f"workdir {daemon.dirs.work}/nowhere does not exist"
+
+
+def test_after_all_that_the_daemon_is_well(daemon: Mortal) -> None:
+    assert daemon.child is not None
+    assert daemon.child.poll() is None
+    assert daemon.health()["status"] == "ok"
+    assert daemon.stop() == 0
+    daemon.start()
+    assert daemon.health()["damaged"] == 0
+
+
+# --- Codex is missing, or too old ---------------------------------------------------------------
+
+INSTALL = (
+    "install it with `pip install openai-codex-cli-bin` or `npm install -g @openai/codex`,"
+    " or set codex.bin in codexd.yaml to its path"
+)
+
+
+def states(daemon: Daemon) -> set[tuple[str, int]]:
+    return {(t["state"], t["attempts"]) for t in daemon.tasks()}
+
+
+def closed(daemon: Mortal, reason: str) -> dict[str, Any]:
+    """What closes the gate, once it does."""
+    return until(lambda: daemon.health().get("gate", {}).get(reason), f"the gate: {reason}")  # type: ignore[no-any-return]
+
+
+def gate_events(daemon: Daemon) -> list[str]:
+    """`closed REASON` and `opened REASON`, as the ledger tells it."""
+    found = (re.search(r'\*\*(closed|opened)\*\* `reason="(\w+)"', e) for e in daemon.events())
+    return [f"{m[1]} {m[2]}" for m in found if m]
+
+
+def test_without_codex_tasks_wait_until_it_is_installed(tmp_path: Path) -> None:
+    binary = tmp_path / "bin" / "codex"
+    with Mortal(tmp_path / "root", bin=binary) as daemon:
+        for name in ("a", "b", "c"):
+            daemon.drop(f"{name}.md", "x")
+        until(lambda: len(daemon.tasks()) == 3, "three tasks")
+        message = f"{binary} (codex.bin) is not an executable file; {INSTALL}"
+        assert closed(daemon, "codex")["message"] == message
+        assert daemon.health()["status"] == "codex"
+        status = daemon.run("status")
+        assert status.returncode == 69
+        assert status.stdout.startswith(f"codexd: codex: {message}\n")
+        id = daemon.tasks()[0]["id"]
+        (daemon.dirs.inbox / f"{id}.retry").touch()
+        said = daemon.reason(f"{id}.retry")
+        assert said == f"task {id} has not ended; cancel it first, or wait\n"
+        assert states(daemon) == {("queued", 0)}
+
+        binary.parent.mkdir()
+        binary.write_text("not yet")  # an installation that is under way
+        binary.chmod(0o755)
+        until(lambda: "cannot be run" in closed(daemon, "codex")["message"], "the new reason")
+        shutil.copy(FAKE, binary)
+        for name in ("a", "b", "c"):
+            assert daemon.answer(name)[1] == "fine\n"
+        until(lambda: states(daemon) == {("done", 1)}, "the end of all three")
+        assert daemon.run("status").returncode == 0
+        assert gate_events(daemon) == ["closed codex", "closed codex", "opened codex"]
+
+
+def test_an_old_codex_is_not_used_until_it_is_upgraded(tmp_path: Path) -> None:
+    binary = tmp_path / "codex"
+    shutil.copy(FAKE, binary)
+    daemon = Mortal(tmp_path / "root", bin=binary)
+    daemon.behave(version="0.129.0")
+    with daemon:
+        daemon.drop("a.md", "x")
+        text = f"{binary} is Codex 0.129.0, older than 0.130.0; upgrade it: {INSTALL}"
+        assert closed(daemon, "codex")["message"] == text
+        assert text in daemon.run("status").stdout
+        until(lambda: states(daemon) == {("queued", 0)}, "the task, waiting")
+        daemon.behave(version="0.130.0")
+        shutil.copy(FAKE, tmp_path / "new")
+        (tmp_path / "new").rename(binary)
+        assert daemon.answer("a")[1] == "fine\n"
+        assert daemon.health()["codex"] == "0.130.0"
+
+
+# --- a daemon that cannot begin -----------------------------------------------------------------
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        daemon = Mortal(tmp_path / "root")
+        (tmp_path / "root" / "token").write_text("t" * 32)
+        (tmp_path / "root" / "token").chmod(0o600)
+        config = CONFIG.format(bin=FAKE, free="0").replace("off", f"127.0.0.1:{port}")
+        (tmp_path / "root" / "codexd.yaml").write_text(config + "  token_file: token\n")
+        done = daemon.run("serve")
+    assert done.returncode == 69
+    assert not done.stdout
+    why = f"port {port} of 127.0.0.1 is in use; name another in http.listen"
+    assert f'error cannot.listen why="{why}"' in done.stderr
+    assert not daemon.processes()
+
+
+def test_a_second_daemon_leaves_the_first_alone(tmp_path: Path) -> None:
+    daemon = Mortal(tmp_path / "root")
+    daemon.behave(delay=6)
+    with daemon:
+        daemon.drop("a.md", "x")
+        until(lambda: states(daemon) == {("running", 1)}, "the task to run")
+        before = daemon.health()["pid"]
+        text = f"another codexd serves {daemon.root}; stop that one, or serve another --root"
+        assert refused(daemon.root) == (69, f'already.served why="{text}"')
+        assert daemon.health()["pid"] == before
+        assert daemon.answer("a")[0]["attempts"] == 1
+        assert sum("**started**" in e for e in daemon.events()) == 1
+
+
+def newer(daemon: Mortal) -> None:
+    daemon.dirs.ledger.write_bytes(seal("# codexd ledger, format 2"))
+
+
+def instead(name: str, make: Callable[[Path], object]) -> Callable[[Mortal], None]:
+    def damage(daemon: Mortal) -> None:
+        path = daemon.root / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        make(path)
+
+    return damage
+
+
+def shut(name: str, mode: int = 0o555) -> Callable[[Mortal], None]:
+    return lambda daemon: (daemon.root / name).chmod(mode)
+
+
+OWNER = "give it to the user that codexd runs as"
+UNUSABLE: dict[str, tuple[Callable[[Mortal], None], int, str]] = {
+    "a newer ledger": (
+        newer, 69,
+        "cannot.go.on why=\"ROOT/tasks.md: the ledger begins with '# codexd ledger, format 2': "
+        'this codexd reads format 1 only; use the newer one that wrote it"',
+    ),
+    "the ledger is a directory": (
+        instead("tasks.md", Path.mkdir), 69,
+        'cannot.go.on why="ROOT/tasks.md: Is a directory; move it away"',
+    ),
+    "the ledger may not be read": (
+        shut("tasks.md", 0), 77,
+        f'no.permission why="ROOT/tasks.md: Permission denied; {OWNER}"',
+    ),
+    "tasks is a file": (
+        instead("tasks", Path.touch), 69,
+        'cannot.go.on why="ROOT/tasks: it must be a directory; move it away"',
+    ),
+    "the lock is a directory": (
+        instead("lock", Path.mkdir), 69,
+        'cannot.go.on why="ROOT/lock: Is a directory; move it away"',
+    ),
+    "the inbox may not be written": (
+        shut("inbox"), 77,
+        f'no.permission why="ROOT/inbox: codexd may not write here; {OWNER}"',
+    ),
+    "answers may not be written": (
+        shut("answers"), 77,
+        f'no.permission why="ROOT/answers: codexd may not write here; {OWNER}"',
+    ),
+    "the root may not be written": (
+        shut(""), 77,
+        f'no.permission why="ROOT: codexd may not write here; {OWNER}"',
+    ),
+    "the root is a file": (
+        lambda daemon: (shutil.rmtree(daemon.root), daemon.root.touch()), 78,
+        'configuration why="--root ROOT: it must be a directory, or a name to make one"',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_state_that_cannot_be_used(tmp_path: Path, case: str) -> None:
+    damage, status, text = UNUSABLE[case]
+    with Mortal(tmp_path / "root") as daemon:
+        daemon.stop()
+    damage(daemon)
+    assert refused(daemon.root) == (status, told(daemon, text))
+
+
+def test_readers_of_a_newer_ledger_say_so(tmp_path: Path) -> None:
+    with Mortal(tmp_path / "root") as daemon:
+        daemon.stop()
+    newer(daemon)
+    for verb in ("status", "task list", "session list"):
+        done = daemon.run(*verb.split())
+        assert (done.returncode, done.stdout) == (69, "")
+        assert done.stderr == (
+            "codexd: the ledger begins with '# codexd ledger, format 2': "
+            "this codexd reads format 1 only; use the newer one that wrote it\n"
+        )
+
+
+def test_a_root_on_a_file_system_that_is_read_only(tmp_path: Path) -> None:
+    if not ROOT:
+        pytest.skip("needs root: a mount")
+    with Mortal(tmp_path / "root") as daemon:
+        daemon.stop()
+    with mounted(daemon.root, "--bind", str(daemon.root)):
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(daemon.root)], check=True)
+        text = f'cannot.go.on why="{daemon.root}/lock: Read-only file system; mount it writable"'
+        assert refused(daemon.root) == (69, text)
+
+
+DAMAGED: dict[str, Callable[[Mortal], object]] = {
+    "the checkpoint is no JSON": lambda d: d.dirs.checkpoint.write_text("{"),
+    "the checkpoint is a directory": lambda d: (
+        d.dirs.checkpoint.unlink(missing_ok=True), d.dirs.checkpoint.mkdir(),
+    ),
+    "the heartbeat is garbage": lambda d: d.dirs.heartbeat.write_bytes(b"\xff" * 100_000),
+    "a session is garbage": lambda d: (d.dirs.sessions / "web.json").write_bytes(b"\0" * 99),
+    "the transcript is garbage": lambda d: (d.dirs.transcripts / "web.jsonl").write_bytes(b"\0"),
+    "things in tasks": lambda d: (
+        (d.dirs.tasks / "README").touch(), (d.dirs.tasks / "lost+found").mkdir(),
+        (d.dirs.tasks / NOBODY).mkdir(), (d.dirs.tasks / USED).touch(),
+    ),
+    "things in the archive": lambda d: (
+        (d.dirs.archive / "README").touch(), (d.dirs.archive / "2026-01").mkdir(),
+        (d.dirs.archive / "2026-01" / USED).mkdir(),
+    ),
+    "the ledger is torn": lambda d: os.truncate(d.dirs.ledger, d.dirs.ledger.stat().st_size - 9),
+    "the ledger is garbage": lambda d: d.dirs.ledger.write_bytes(os.urandom(5000)),
+    "the ledger is empty": lambda d: d.dirs.ledger.write_bytes(b""),
+    "directories are missing": lambda d: [
+        shutil.rmtree(d.root / name)
+        for name in ("inbox", "answers", "archive", "sessions", "transcripts", "keys", "run")
+    ],
+}  # fmt: skip
+
+
+def test_a_damaged_state_that_can_be_served(tmp_path: Path) -> None:
+    """Each on top of the ones before."""
+    with Mortal(tmp_path / "root") as daemon:
+        for number, damage in enumerate(DAMAGED.values()):
+            assert daemon.stop() == 0
+            damage(daemon)
+            daemon.start()
+            daemon.drop(f"t{number}.md", "---\nsession: web\n---\nx")
+            front_matter, text = daemon.answer(f"t{number}")
+            assert (front_matter["state"], text) == ("done", "fine\n")
+            view = View(daemon.dirs)
+            assert view.short_list()
+            assert "web" in [s["name"] for s in view.sessions()]
+            assert view.health()[0]
+            view.close()
+        assert (daemon.dirs.tasks / "README").exists()
+
+
+BROKEN: dict[str, tuple[str, str]] = {
+    "key": ("worker: 4\n", ":1: worker: unknown key (did you mean workers?); allowed: workers, "),
+    "type": ("# many\nworkers: many\n", ":2: workers: found 'many'; allowed: a whole number fr"),
+    "range": ("workers: 0\n", ":1: workers: found '0'; allowed: a whole number from 1 to 64"),
+    "section": (
+        "codex:\n  bin: codex\n  sandbx: read-only\n",
+        ":3: codex.sandbx: unknown key (did you mean sandbox?); allowed: bin, home, model, ",
+    ),
+    "list": ("codex: codex\n", ":1: codex: found 'codex'; allowed: a mapping of bin, home, mo"),
+    "duration": ("timeout: 10 minutes\n", ":1: timeout: found '10 minutes'; allowed: a durati"),
+    "size": ("limits:\n  file: 1T\n", ":2: limits.file: found '1T'; allowed: a size from 1K to"),
+    "open": (
+        "http:\n  listen: 0.0.0.0:80\n",
+        ":2: http.listen: found '0.0.0.0:80'; allowed: unix, off, 127.0.0.1:PORT or '[::1]:PORT'",
+    ),
+    "token": (
+        "http:\n  listen: 127.0.0.1:8080\n",
+        ":2: http.token_file: missing; allowed: a file with the token that TCP needs",
+    ),
+    "workdir": ("workdir: /srv\n", ":1: workdir: found '/srv'; allowed: below workdirs, 'ROOT/w"),
+    "yaml": ("workers: [4\n", ":1: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+    "later": ("retention:\n  answers: 90d\n", ":1: retention: unknown key; allowed: workers, "),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_configuration_that_cannot_be_used(tmp_path: Path, case: str) -> None:
+    text, told = BROKEN[case]
+    file = tmp_path / "codexd.yaml"
+    file.write_text(text)
+    status, said = refused(tmp_path)
+    assert status == 78
+    assert said.startswith(f'configuration why="{file}{told.replace("ROOT", str(tmp_path))}'), said
+    assert [p.name for p in tmp_path.iterdir()] == ["codexd.yaml"]  # nothing was begun
+
+
+def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    text = f'configuration why="{file}: cannot be read: '
+    assert refused(tmp_path, "--config", str(file)) == (78, text + 'No such file or directory"')
+    file.touch(0)
+    assert refused(tmp_path, "--config", str(file)) == (78, text + 'Permission denied"')
+
+
+# --- a host that refuses while we serve -----------------------------------------------------------
+
+
+def test_answers_that_may_not_be_written_for_a_while(tmp_path: Path) -> None:
+    daemon = Mortal(tmp_path / "root")
+    daemon.behave(effects=str(tmp_path / "effects"))
+    with daemon:
+        daemon.dirs.answers.chmod(0o555)
+        daemon.drop("a.md", "x")
+        trouble = until(lambda: daemon.health().get("trouble"), "trouble")
+        assert re.fullmatch(
+            rf"{daemon.dirs.answers}/\.a\.\S+\.tmp: Permission denied; {OWNER}", str(trouble)
+        )
+        assert str(trouble) in daemon.run("status").stdout
+        assert daemon.run("status").returncode == 69
+        daemon.dirs.answers.chmod(0o750)
+        assert daemon.answer("a")[1] == "fine\n"
+        until(lambda: daemon.health()["status"] == "ok", "the end of trouble")
+        assert daemon.log.read_text().count("host.refuses") == 1
+    assert len((tmp_path / "effects").read_text().splitlines()) == 1  # it was not run again
+
+
+class mounted:
+    """A mount on an existing directory, for a while."""
+
+    def __init__(self, place: Path, *options: str) -> None:
+        self.place = place
+        self.command = ["mount", *options, str(place)]
+
+    def __enter__(self) -> None:
+        done = subprocess.run(self.command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"may not mount: {done.stderr}")
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run(["umount", "--lazy", str(self.place)], check=True)
+
+
+@as_root
+def test_a_full_disk_holds_all_and_loses_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    with mounted(root, "-t", "tmpfs", "-o", "size=4M", "tmpfs"):
+        daemon = Mortal(root, free="512K")
+        daemon.behave(delay=1.5, effects=str(tmp_path / "effects"))
+        with daemon:
+            for name in ("a", "b"):
+                daemon.drop(f"{name}.md", "x")
+            until(lambda: states(daemon) == {("running", 1)}, "tasks that run")
+            fill(root)
+            message = closed(daemon, "disk")["message"]
+            assert message == (
+                f"less than 512K free below {root}; make room, work goes on by itself "
+                "(limits.disk_free)"
+            )
+            done = daemon.run("status")
+            assert done.returncode == 69
+            assert done.stdout.startswith(f"codexd: disk: {message}")
+            drop_raw(daemon, "c.md", "")  # dropped without room for its content
+            (daemon.dirs.inbox / "all.hold").touch()
+            assert closed(daemon, "hold")["message"] == (
+                "held by hand; `codexd release` lets work go on"
+            )
+            daemon.kill()
+            daemon.start()  # also with a disk that is full
+            assert {"disk", "hold"} <= daemon.health()["gate"].keys()
+            assert (daemon.dirs.inbox / "c.md").exists()
+
+            (root / "ballast").unlink()
+            until(lambda: "disk" not in daemon.health()["gate"], "the disk to be seen")
+            assert daemon.health()["status"] == "hold"
+            until(lambda: not (daemon.dirs.inbox / "all.hold").exists(), "the hold, written down")
+            daemon.kill()
+            daemon.start()
+            assert daemon.health()["status"] == "hold"  # by the ledger alone
+            daemon.drop("d.md", "x")
+            assert daemon.run("release").returncode == 0
+            for name in ("a", "b", "d"):
+                assert daemon.answer(name)[1] == "fine\n"
+            assert daemon.reason("c.md") == "the file is empty\n"
+            assert daemon.health()["status"] == "ok"
+            assert daemon.health()["damaged"] == 0
+            assert daemon.stop() == 0
+
+
+def fill(root: Path) -> None:
+    """Take all the room there is."""
+    with open(root / "ballast", "wb", buffering=0) as file:
+        for size in (1 << 16, 4096, 512, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
