@@ -94,13 +94,40 @@ def read(path: str | os.PathLike[str], limit: int) -> bytes:
         os.close(fd)
 
 
+class _Plain:
+    """What the scanner of the module json asks of its decoder: nothing special."""
+
+    strict = True
+    object_hook = object_pairs_hook = parse_constant = None
+    parse_float, parse_int = float, int
+
+
+def _decode(text: str) -> object:
+    """json.loads() without its module, which is half of what a worker imports.
+
+    The scanner that json itself uses, in C, as it is used there; whatever it
+    does not like is left to json, whose errors tell the place.
+    """
+    try:
+        from _json import make_scanner
+
+        value, end = make_scanner(_Plain)(  # type: ignore[arg-type]
+            text.strip(" \t\n\r"), 0
+        )
+    except (ImportError, AttributeError, TypeError, StopIteration, ValueError):
+        end = -1
+    if end != len(text.strip(" \t\n\r")):
+        import json
+
+        return json.loads(text)
+    return value
+
+
 def read_json(path: str | os.PathLike[str], limit: int = 64 << 20) -> dict[str, object]:
     """A JSON object.  Raises OSError; ValueError when it is damaged."""
-    import json
-
     data = read(path, limit)
     try:
-        value = json.loads(data)
+        value = _decode(data.decode("utf-8", "surrogatepass"))
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: not JSON: {error}") from error
     except RecursionError as error:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import re
 
+from codexd.command import is_thread_id
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -41,15 +43,6 @@ THREAD_PATTERN = r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"
 # a silence.  A plan ends with the turn; a search that a cut stream left never ends.
 _THOUGHT = frozenset({"agent_message", "assistant_message", "reasoning", "todo_list", "plan"})
 _MODELS = _THOUGHT | {"web_search"}
-
-
-def is_thread_id(text: str) -> bool:
-    """Whether `text` has the form of a thread id (a UUID).
-
-    Codex takes any other text as a thread's name, and an unknown name silently
-    starts a new thread.
-    """
-    return re.fullmatch(THREAD_PATTERN, text) is not None
 
 
 def as_text(value: object) -> str:

@@ -35,7 +35,9 @@ class Processes:
     kind = "process"
     grace = 15.0  # seconds an orphan has to end by itself
 
-    def __init__(self, tasks: Path, run: Path) -> None:
+    def __init__(self, tasks: Path, run: Path, bell: int = subprocess.DEVNULL) -> None:
+        """`bell` is a descriptor that gets a byte when a worker has written its result."""
+        self._bell = bell
         self._tasks = tasks
         self._locks = run / "workers"
         self._locks.mkdir(mode=0o750, exist_ok=True)
@@ -61,7 +63,7 @@ class Processes:
             self._children[id] = subprocess.Popen(
                 self.command(id),
                 stdin=self._alive,
-                stdout=subprocess.DEVNULL,
+                stdout=self._bell,
                 pass_fds=(fd,),
                 start_new_session=True,
                 cwd="/",

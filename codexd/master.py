@@ -55,14 +55,14 @@ class Master:
         self.ledger = Ledger(self.dirs.ledger, self.dirs.checkpoint)
         self.settled = spool.Settled()
         self.watch = spool.Watch(self.dirs.inbox, self.settled, service.wake)
-        self.launcher = Processes(self.dirs.tasks, self.dirs.run)
+        self.launcher = Processes(self.dirs.tasks, self.dirs.run, service.bell)
         self.keeper = Keeper(config, self.ledger, self.note)
         self.intake = Intake(config, self.ledger, self.settled)
         self.finish = Finish(config, self.warn)
         self.controls = Controls(config, self.ledger, self.launcher, self.keeper, self.finish)
         self.orders = Orders(config, self.keeper, self.finish)
         self.trouble: str | None = None  # what the host refused in the last round
-        self._told: str | None = None  # and what was logged of it
+        self._told: set[str] = set()  # and what was logged of it
         self.stop_at: float | None = None
         self.beside: Callable[[], None] | None = None  # what else this process tends
         self._wake_at: dict[str, float] = {}
@@ -125,15 +125,16 @@ class Master:
         now = time.monotonic()
         if self.service.stopping:
             return self._stop(now)
+        self.trouble = None
         try:
             self.round(now)
-            self.trouble = None
         except OSError as error:
             if not isinstance(error, LedgerFull) and error.errno not in _HOST:
                 raise
             self.refused(error)
         self.beat()
-        self._told = self.trouble
+        if not self.trouble:
+            self._told.clear()
         if self.beside:
             self.beside()
         return self._pause(now)
@@ -141,8 +142,8 @@ class Master:
     def refused(self, error: OSError) -> None:
         """The host does not let us go on; it is tried again, and told once."""
         self.trouble = sentence(error)
-        if self._told != self.trouble:
-            self._told = self.trouble
+        if self.trouble not in self._told:
+            self._told.add(self.trouble)
             self.service.log(Level.ERROR, "host.refuses", what=self.trouble)
 
     def round(self, now: float) -> None:
@@ -164,19 +165,28 @@ class Master:
     def collect(self) -> None:
         """Judge every attempt that has ended.
 
-        With its result, as soon as its worker is gone: Codex ended before that.
-        Without one, only when nothing of it lives: Codex may have outlived it.
+        With its result at once, for Codex ended before that; without one only
+        when nothing of it lives, for Codex may have outlived its worker.
         """
-        working = self.launcher.working()
         running = [t for t in self.ledger.book.tasks.values() if t.state is State.RUNNING]
-        ended = [t for t in running if t.id not in working]
-        if not all(map(self._has_result, ended)):
-            alive = self.launcher.active()
-            ended = [t for t in ended if t.id not in alive or self._has_result(t)]
-        finished = [self.finish.judge(t) for t in ended]
+        ended = [t for t in running if self._has_result(t)]
+        if len(ended) < len(running):
+            working = self.launcher.working()
+            lost = [t for t in running if t not in ended and t.id not in working]
+            alive = self.launcher.active() if lost else set()
+            ended += [t for t in lost if t.id not in alive]
+        finished = [f for f in map(self._judged, ended) if f]
         self.record([f.event for f in finished])
         for one in finished:
             self._after(one)
+
+    def _judged(self, task: Task) -> Finished | None:
+        """What its attempt came to; None while a file of its own is in the way."""
+        try:
+            return self.finish.judge(task)
+        except OSError as error:
+            self.refused(error)
+            return None
 
     def _has_result(self, task: Task) -> bool:
         return (place.attempt(self.dirs, task.id, task.launches) / "result.json").exists()

@@ -30,6 +30,10 @@ FILES, SHORTLIST = 40, 160  # files ranked by section; files ranked by size as w
 FLOOR = 200  # bytes; a shorter section is no better for being shorter
 W_FILE, W_PATH = 0.4, 0.3  # what its file's score and its path's words add to a section
 
+# A section is left out that scores less than this part of the best one, or that
+# holds less than this part of what is looked for: it would only cost tokens.
+LEAST_SCORE, LEAST_SHARE = 0.3, 0.1
+
 SECTION = 6000  # bytes above which a section is cut
 SIZES = (1000, 800, 300, 200, 120)  # characters shown of the best, the second, … all others
 USUAL, LEAST = 4000, 80  # characters in all that SIZES are meant for; too little to show
@@ -179,9 +183,10 @@ def _excerpts(
     """Ranked sections cut to what fits; a copy of a section says nothing new."""
     kept: dict[str, _Section] = {}
     for section in ranked:
-        if len(kept) == hits:
+        if len(kept) == hits or section.score < ranked[0].score * LEAST_SCORE:
             break
-        kept.setdefault(plain(section.text), section)
+        if scorer.share(section.terms) >= LEAST_SHARE:
+            kept.setdefault(plain(section.text), section)
     heads = [len(f"{_shown(s.path)}:{s.line}\n\n") for s in kept.values()]
     sizes = allot([len(text) for text in kept], heads, chars)
     found = []

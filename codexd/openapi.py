@@ -20,8 +20,17 @@ def _ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
+_CONTROL = r"\u0000-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069"
+
+
+def _not_blank(never: str) -> str:
+    """The pattern of a text that is not blank and has none of these characters."""
+    return rf"^[^{never}]*[^\s{never}][^{never}]*$"
+
+
 def _text(most: int, about: str) -> Schema:
-    return {"type": "string", "minLength": 1, "maxLength": most, "description": about}
+    pattern = _not_blank(_CONTROL)
+    return {"type": "string", "pattern": pattern, "maxLength": most, "description": about}
 
 
 def _or_null(schema: Schema) -> Schema:
@@ -50,13 +59,17 @@ _DURATION: Schema = {
     "description": "Seconds, or a text such as 90s, 30m or 2h; at most 24h.",
     "anyOf": [
         {"type": "number", "minimum": 1, "maximum": 86400},
-        {"type": "string", "pattern": "^[0-9]{1,12}(\\.[0-9]{1,20})?[smhd]?$"},
+        {"type": "string", "pattern": "^([1-9][0-9]{0,3}s?|[1-9][0-9]{0,2}m|(1?[1-9]|2[0-4])h)$"},
     ],
 }
 
 REQUEST = _object(
     {
-        "prompt": {"type": "string", "minLength": 1, "description": "What Codex is asked to do."},
+        "prompt": {
+            "type": "string",
+            "pattern": _not_blank(r"\u0000"),
+            "description": "What Codex is asked to do.",
+        },
         "session": _text(200, "Tasks of one session run one after another in one thread."),
         "workdir": _PATH,
         "model": _NAME,

@@ -205,7 +205,7 @@ def _literals(plain: set[str]) -> list[bytes]:
 class Scorer:
     """BM25 for one query.  How rare a term is comes from the counts in all matching files."""
 
-    __slots__ = ("_passages", "_where", "idf")
+    __slots__ = ("_passages", "_query", "_where", "idf")
 
     def __init__(self, query: Query, tallies: Iterable[Mapping[str, int]], size: int) -> None:
         """`tallies`: the counts of each matching file; `size`: bytes of all files searched."""
@@ -218,6 +218,7 @@ class Scorer:
             term: _weight(term) * log(1 + (max(sections - n, 0) + 0.5) / (n + 0.5))
             for term, n in holders.items()
         }
+        self._query = query
         self._passages = [sum(self.idf[t] for t in p) or 1.0 for p in query.passages]
         self._where = {
             term: [i for i, passage in enumerate(query.passages) if term in passage]
@@ -241,6 +242,13 @@ class Scorer:
                 shares[i] += idf[term]
         best = [a * b / c for a, b, c in zip(sums, shares, self._passages, strict=True)]
         return max(W_EDGE * best[0], W_EDGE * best[-1], *best)
+
+    def share(self, held: set[str]) -> float:
+        """How much of the query, of 1, these terms are; of several passages, of the best."""
+        return max(
+            sum(self.idf[term] for term in held & passage) / whole
+            for passage, whole in zip(self._query.passages, self._passages, strict=True)
+        )
 
 
 def _weight(term: str) -> float:

@@ -15,15 +15,15 @@ from __future__ import annotations
 import os
 import select
 import signal
+import stat
 import time
 
 from codexd import durable
+from codexd.codex import Reader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-    from codexd.codex import Reader
 
 STEPS = ((signal.SIGINT, 5.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0))
 GRACE = 10.0  # seconds for Codex to exit after the turn has ended
@@ -37,58 +37,31 @@ _HEAD = 8192  # bytes of the beginning and of the end of stderr that are looked 
 class Turn:
     """One run of Codex."""
 
-    def __init__(
-        self,
-        place: str,
-        reader: Reader,
-        orders: dict[str, Any],
-        stdin: int,
-        argv: list[str],
-        env: dict[str, str],
-    ) -> None:
-        """Start it.  `place` is the attempt's directory, `stdin` an open file."""
-        self.reader = reader
+    def __init__(self, place: str, orders: dict[str, Any], pid: int, out: int, err: int) -> None:
+        """Of the process `pid`, whose output and errors come from two pipes.
+
+        `place` is the attempt's directory, where they are kept.
+        """
+        self.reader = Reader()
         self.idle = float(orders["idle_timeout"])
         self.stop_reason: str | None = None
-        self.status: int | None = None
-        self.usage: Any = None
+        self.status = 0
+        self.cost: dict[str, float] = {}
         self.head = self.tail = b""
         self._step = 0
         self._next_step = 0.0
-        if orders.get("setpriv"):
-            # If we are killed, Codex must not go on unseen.
-            argv = [orders["setpriv"], "--pdeathsig", "KILL", "--", *argv]
-        self._open(place, stdin, argv, env)
-        now = time.monotonic()
-        self.deadline = now + float(orders["timeout"])
-        self.heard = now
-        self.ended_at: float | None = None
-
-    def _open(self, place: str, stdin: int, argv: list[str], env: dict[str, str]) -> None:
-        out, child_out = os.pipe2(os.O_CLOEXEC)
-        err, child_err = os.pipe2(os.O_CLOEXEC)
-        actions = [
-            (os.POSIX_SPAWN_DUP2, stdin, 0),
-            (os.POSIX_SPAWN_DUP2, child_out, 1),
-            (os.POSIX_SPAWN_DUP2, child_err, 2),
-        ]
-        self.pid = os.posix_spawn(
-            argv[0],
-            argv,
-            env,
-            file_actions=actions,
-            setpgroup=0,
-            setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
-        )
-        for fd in (stdin, child_out, child_err):
-            os.close(fd)
-        _adopt_orphans()
-        self._gone = os.pidfd_open(self.pid)
+        self.pid = pid
+        self._gone = os.pidfd_open(pid)
+        self._ended = False
         self._pipes = {out: self._output, err: self._errors}
         for fd in self._pipes:
             os.set_blocking(fd, False)
         self._events = _Kept(os.path.join(place, "events.jsonl"), EVENTS_KEPT)
         self._stderr = _Kept(os.path.join(place, "stderr.txt"), STDERR_KEPT)
+        _adopt_orphans()
+        self.heard = time.monotonic()
+        self.deadline = self.heard + float(orders["timeout"])
+        self.ended_at: float | None = None
 
     # --- what comes in --------------------------------------------------------
 
@@ -164,14 +137,18 @@ class Turn:
         except ProcessLookupError:
             pass  # it has just ended; wait4 will tell how
 
-    def run(self, wakeup: int, parent: int | None) -> None:
-        """Until Codex is gone and everything it printed is read."""
+    def run(self, wakeup: int) -> None:
+        """Until Codex is gone and everything it printed is read.
+
+        Stops it when a byte comes in `wakeup`, or the daemon's pipe closes.
+        """
+        parent = _parent_pipe()
         poll = select.poll()
         for fd in (*self._pipes, self._gone, wakeup):
             poll.register(fd, select.POLLIN)
         if parent is not None:
             poll.register(parent, 0)  # POLLHUP alone
-        while self.status is None:
+        while not self._ended:
             pause = max(0.0, self._pause(time.monotonic()))
             for fd, _ in poll.poll(pause * 1000 + 1):
                 if fd in self._pipes:
@@ -189,15 +166,18 @@ class Turn:
             # Whoever ended us ended Codex in the same moment: that is no crash of it.
             self.stop_reason = self.stop_reason or "interrupted"
         self.signal(signal.SIGKILL)  # what its tools left running
-        _end_children()  # and what they put into sessions of its own
         for fd in list(self._pipes):
             self._drain(fd)
         self._events.close()
         self._stderr.close()
         self.reader.finish()
 
+    def sweep(self) -> None:
+        """End what Codex's tools put into sessions of their own."""
+        _end_children()
+
     def _tick(self) -> None:
-        if self.status is None:
+        if not self._ended:
             _reap_orphans(self.pid)
         now = time.monotonic()
         if self._step and now >= self._next_step:
@@ -206,8 +186,27 @@ class Turn:
             self.stop(reason)
 
     def _reap(self) -> None:
-        _, status, self.usage = os.wait4(self.pid, 0)
+        _, status, spent = os.wait4(self.pid, 0)
         self.status = os.waitstatus_to_exitcode(status)
+        self._ended = True
+        self.cost = {
+            "cpu_seconds": round(spent.ru_utime + spent.ru_stime, 3),
+            "memory_peak_bytes": spent.ru_maxrss * 1024,
+        }
+
+
+def catch_signals() -> int:
+    """From now on a signal is a byte in the pipe that is returned."""
+    read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(write)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda _number, _frame: None)
+    return read
+
+
+def _parent_pipe() -> int | None:
+    """Standard input, if it is the pipe that tells of the daemon's end."""
+    return 0 if stat.S_ISFIFO(os.fstat(0).st_mode) else None
 
 
 def _adopt_orphans() -> None:

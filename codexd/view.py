@@ -137,9 +137,10 @@ class View:
 
         One month is in memory at a time.
         """
-        live = sorted(self._follower.book.tasks, reverse=True)
+        book = self._follower.book
         by_month: dict[str, set[str]] = {}
-        for id in live:
+        # Who has just ended may be on its way to the archive.
+        for id in [*book.tasks, *(book.recent if archived else ())]:
             by_month.setdefault(f"{id[:4]}-{id[4:6]}", set()).add(id)
         try:
             names = os.listdir(self.dirs.archive) if archived else []

@@ -13,26 +13,28 @@ happens after that, either result.json is there and whole or the master sees
 that it is missing.  Ends Codex when told to (SIGTERM), when the daemon is gone
 (its pipe on stdin closes), when the task's time is up, and when Codex is silent.
 
-Starts fast: its imports are counted (tests/test_worker.py holds the list).
+Starts fast, because every task waits for it: until Codex runs, next to nothing
+is imported (tests/test_worker.py holds the list), and the rest while it starts.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import stat
 import sys
 import time
 
-from codexd import clock, codex, durable, lock, prompt
-from codexd.outcome import Outcome
-from codexd.turn import Turn
+from codexd import command, durable, prompt
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
+    from codexd.codex import Reader
+    from codexd.turn import Turn
+
 THREAD_WAIT = 5.0  # seconds to wait for another writer of the thread
+# SIGHUP, SIGINT, SIGPIPE, SIGTERM: the same on every Linux; `signal` costs 3 ms.
+_DEFAULTED = (1, 2, 13, 15)
 
 
 class Unfit(Exception):
@@ -53,7 +55,6 @@ class Attempt:
         self.task: Any = durable.read_json(os.path.join(self.home, "task.json"))
         self.orders: Any = durable.read_json(os.path.join(self.place, "attempt.json"))
         self.request: Any = self.task["request"]
-        self.reader = codex.Reader()
         self.began = time.time()
         self.memory_note: str | None = None
         self.notes = 0
@@ -86,10 +87,16 @@ class Attempt:
             raise Unfit(f"{what} {full} does not exist")
         return full
 
+    def workdir(self) -> str:
+        found = self.below_roots(self.orders["workdir"], "/", "workdir")
+        if not os.path.isdir(found):
+            raise Unfit(f"workdir {found} is not a directory")
+        return found
+
     def argv(self, workdir: str) -> list[str]:
         ask, orders = self.request, self.orders
         schema = ask.get("output_schema")
-        return codex.argv(
+        argv = command.argv(
             orders["bin"],
             workdir=workdir,
             sandbox=orders["sandbox"],
@@ -101,6 +108,10 @@ class Attempt:
             last_message_file=self.path("last.md"),
             thread=orders["thread"],
         )
+        if orders.get("setpriv"):
+            # If we are killed, Codex must not go on unseen.
+            return [orders["setpriv"], "--pdeathsig", "KILL", "--", *argv]
+        return argv
 
     def remembered(self, workdir: str) -> str:
         """The notes that go into the prompt; never a reason to fail."""
@@ -139,7 +150,7 @@ class Attempt:
 
     def environment(self) -> dict[str, str]:
         home = self.orders["home"]
-        env = codex.environment(os.environ, home, self.orders["env"])
+        env = command.environment(os.environ, home, self.orders["env"])
         scratch = os.path.realpath(env.get("TMPDIR", "/tmp"))
         if os.path.realpath(home).startswith(scratch.rstrip("/") + "/"):
             # Codex refuses to put its helpers below the temporary directory.
@@ -147,108 +158,140 @@ class Attempt:
             os.makedirs(env["TMPDIR"], 0o700, exist_ok=True)
         return env
 
+    def begin(self) -> tuple[int, int, int]:
+        """Start Codex: its pid, and what to read its output and its errors from.
+
+        Raises Unfit, ValueError, OSError, lock.Locked.
+        """
+        workdir = self.workdir()
+        argv, env = self.argv(workdir), self.environment()
+        os.chdir(workdir)
+        if self.orders["thread"]:
+            from codexd import lock
+
+            lock.hold_thread(self.orders["home"], self.orders["thread"], THREAD_WAIT)
+        return _spawn(argv, env, self.write_prompt(workdir))
+
     # --- after Codex ----------------------------------------------------------
 
-    def answer(self) -> str | None:
+    def answer(self, reader: Reader) -> str | None:
         """The last message: from the events, else from Codex's own file, else its rollout."""
-        if self.reader.message:
-            return str(self.reader.message)
+        from codexd import codex
+
+        if reader.message:
+            return reader.message
         try:
             text = durable.read(self.path("last.md"), 64 << 20).decode("utf-8", "replace")
         except (OSError, ValueError):
             text = ""
-        if text.strip() or not self.reader.completed:
+        if text.strip() or not reader.completed:
             return text or None
-        thread = self.reader.thread
-        return codex.rollout_message(self.orders["home"], thread) if thread else None
+        return codex.rollout_message(self.orders["home"], reader.thread) if reader.thread else None
 
-    def finish(self, outcome: Outcome, message: str, **evidence: object) -> None:
+    def finish(self, outcome: str, message: str, **evidence: object) -> None:
         """result.json: from here on the attempt has ended, whoever dies."""
-        durable.write_json(
-            self.path("result.json"),
-            {
-                "id": self.id,
-                "attempt": self.number,
-                "outcome": outcome.value,
-                "message": message,
-                "thread": self.reader.thread or self.orders.get("thread"),
-                "turn_started": self.reader.turn_started,
-                "items": self.reader.items_seen,
-                "usage": self.reader.usage or {},
-                "started": clock.stamp(self.began),
-                "ended": clock.now(),
-                "notes": self.notes,
-                "memory_note": self.memory_note,
-                **evidence,
-            },
+        from codexd import clock
+
+        result = {
+            "id": self.id,
+            "attempt": self.number,
+            "outcome": outcome,
+            "message": message,
+            "thread": self.orders.get("thread"),
+            "started": clock.stamp(self.began),
+            "ended": clock.now(),
+            "notes": self.notes,
+            "memory_note": self.memory_note,
+        }
+        durable.write_json(self.path("result.json"), {**result, **evidence})
+
+    def conclude(self, turn: Turn) -> None:
+        """Judge the turn, and write down what it came to."""
+        from codexd import codex
+
+        reader, answer = turn.reader, self.answer(turn.reader)
+        outcome, message = codex.judge(
+            reader,
+            exit_status=turn.status,
+            stderr_head=turn.told.decode("utf-8", "replace"),
+            requested_thread=self.orders["thread"],
+            stop_reason=turn.stop_reason,
+            answer=answer,
+        )
+        self.finish(
+            outcome.value,
+            message,
+            thread=reader.thread or self.orders["thread"],
+            turn_started=reader.turn_started,
+            items=reader.items_seen,
+            usage=reader.usage,
+            answer=answer,
+            exit_status=turn.status,
+            stop_reason=turn.stop_reason,
+            stderr=turn.told[:2000].decode("utf-8", "replace"),
+            cost=turn.cost,
         )
 
 
-def perform(attempt: Attempt, wakeup: int) -> None:
-    """Run Codex once and write the result; a byte in `wakeup` means to stop."""
+def _spawn(argv: list[str], env: dict[str, str], stdin: int) -> tuple[int, int, int]:
+    out, child_out = os.pipe2(os.O_CLOEXEC)
+    err, child_err = os.pipe2(os.O_CLOEXEC)
+    pid = os.posix_spawn(
+        argv[0],
+        argv,
+        env,
+        file_actions=[
+            (os.POSIX_SPAWN_DUP2, stdin, 0),
+            (os.POSIX_SPAWN_DUP2, child_out, 1),
+            (os.POSIX_SPAWN_DUP2, child_err, 2),
+        ],
+        setpgroup=0,
+        setsigdef=_DEFAULTED,
+    )
+    for fd in (stdin, child_out, child_err):
+        os.close(fd)
+    return pid, out, err
+
+
+def perform(attempt: Attempt) -> None:
+    """Run Codex once and write the result."""
     try:
-        workdir = attempt.below_roots(attempt.orders["workdir"], "/", "workdir")
-        if not os.path.isdir(workdir):
-            raise Unfit(f"workdir {workdir} is not a directory")
-        argv = attempt.argv(workdir)
-        os.chdir(workdir)
-        if attempt.orders["thread"]:
-            lock.hold_thread(attempt.orders["home"], attempt.orders["thread"], THREAD_WAIT)
-        env = attempt.environment()
-        prompt_file = attempt.write_prompt(workdir)
-        turn = Turn(attempt.place, attempt.reader, attempt.orders, prompt_file, argv, env)
-    except (Unfit, ValueError) as problem:
-        attempt.finish(Outcome.CONFIG, str(problem))
-    except (TypeError, AttributeError, LookupError) as damage:
-        text = f"the task's record or its orders are damaged: {type(damage).__name__}: {damage}"
-        attempt.finish(Outcome.CONFIG, text)
-    except lock.Locked as held:
-        attempt.finish(Outcome.THREAD_BUSY, f"{held} is written by another process")
-    except OSError as error:
-        attempt.finish(Outcome.HOST, f"cannot start Codex: {error}")
-    else:
-        turn.run(wakeup, _parent_pipe())
-        _conclude(attempt, turn)
+        process = attempt.begin()
+    except Exception as problem:
+        outcome, message = _why_not(problem)
+        attempt.finish(outcome, message)
+        return
+    from codexd.turn import Turn, catch_signals
+
+    wakeup = catch_signals()
+    turn = Turn(attempt.place, attempt.orders, *process)
+    turn.run(wakeup)
+    attempt.conclude(turn)
+    _ring()
+    turn.sweep()
 
 
-def _conclude(attempt: Attempt, turn: Turn) -> None:
-    answer = attempt.answer()
-    status = turn.status if turn.status is not None else -1
-    outcome, message = codex.judge(
-        attempt.reader,
-        exit_status=status,
-        stderr_head=turn.told.decode("utf-8", "replace"),
-        requested_thread=attempt.orders["thread"],
-        stop_reason=turn.stop_reason,
-        answer=answer,
-    )
-    spent = turn.usage
-    attempt.finish(
-        outcome,
-        message,
-        answer=answer,
-        exit_status=status,
-        stop_reason=turn.stop_reason,
-        stderr=turn.told[:2000].decode("utf-8", "replace"),
-        cost={
-            "cpu_seconds": round(spent.ru_utime + spent.ru_stime, 3),
-            "memory_peak_bytes": spent.ru_maxrss * 1024,
-        },
-    )
+def _why_not(problem: Exception) -> tuple[str, str]:
+    """Outcome and sentence for what kept Codex from starting."""
+    from codexd.lock import Locked
+    from codexd.outcome import Outcome
+
+    if isinstance(problem, Unfit | ValueError):
+        return Outcome.CONFIG, str(problem)
+    if isinstance(problem, Locked):
+        return Outcome.THREAD_BUSY, f"{problem} is written by another process"
+    if isinstance(problem, OSError):
+        return Outcome.HOST, f"cannot start Codex: {problem}"
+    kind = type(problem).__name__
+    return Outcome.CONFIG, f"the task's record or its orders are damaged: {kind}: {problem}"
 
 
-def _catch_signals() -> int:
-    """From now on a signal is a byte in the pipe that is returned."""
-    read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(write)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda _number, _frame: None)
-    return read
-
-
-def _parent_pipe() -> int | None:
-    """Standard input, if it is the pipe that tells of the daemon's end."""
-    return 0 if stat.S_ISFIFO(os.fstat(0).st_mode) else None
+def _ring() -> None:
+    """Tell the daemon that there is a result; it would see us end a moment later."""
+    try:
+        os.write(1, b".")
+    except OSError:
+        pass  # nobody listens, or the bell is ringing already
 
 
 def main() -> NoReturn:
@@ -259,10 +302,9 @@ def main() -> NoReturn:
     if len(args) != 1 or not args[0].replace("-", "").isalnum():
         print("usage: codexd-worker [--tasks DIRECTORY] ID", file=sys.stderr)
         sys.exit(2)
-    wakeup = _catch_signals()
     attempt = Attempt(tasks, args[0])
     if attempt.mark():
-        perform(attempt, wakeup)
+        perform(attempt)
     # Nothing of the interpreter is worth tearing down: the result is on disk.
     os._exit(0)
 

@@ -376,13 +376,15 @@ def test_a_bad_file_is_kept_with_the_reason(daemon: Mortal, name: str) -> None:
     content, reason = FILES[name]
     check_rejected(daemon, name, reason)
     data = content.encode() if isinstance(content, str) else content
-    assert (daemon.dirs.rejected / name).read_bytes() == data
+    path = daemon.dirs.rejected / name
+    until(path.exists, f"{name!r} beside its reason")
+    assert path.read_bytes() == data
 
 
 @pytest.mark.parametrize("name", THINGS)
 def test_what_is_no_file_of_its_own_is_kept_with_the_reason(daemon: Mortal, name: str) -> None:
     check_rejected(daemon, name, THINGS[name][1])
-    assert os.path.lexists(daemon.dirs.rejected / name)
+    until(lambda: os.path.lexists(daemon.dirs.rejected / name), f"{name} beside its reason")
 
 
 @as_root
@@ -741,7 +743,7 @@ def test_readers_of_a_newer_ledger_say_so(tmp_path: Path) -> None:
     with Mortal(tmp_path / "root") as daemon:
         daemon.stop()
     newer(daemon)
-    for verb in ("status", "task list", "session list"):
+    for verb in ("status", "task list", f"task show {USED}"):
         done = daemon.run(*verb.split())
         assert (done.returncode, done.stdout) == (69, "")
         assert done.stderr == (
@@ -850,6 +852,21 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 # --- a host that refuses while we serve -----------------------------------------------------------
+
+
+def test_what_lies_in_the_way_of_one_task_holds_up_no_other(tmp_path: Path) -> None:
+    with Mortal(tmp_path / "root") as daemon:
+        blocked = daemon.dirs.transcripts / "web.jsonl"
+        blocked.mkdir()
+        daemon.drop("web.md", "---\nsession: web\n---\nx")
+        daemon.drop("other.md", "x")
+        assert daemon.answer("other")[1] == "fine\n"
+        trouble = until(lambda: daemon.health().get("trouble"), "trouble")
+        assert trouble == f"{blocked}: Is a directory; move it away"
+        assert {t["state"] for t in daemon.tasks()} == {"running", "done"}
+        blocked.rmdir()
+        assert daemon.answer("web")[0]["attempts"] == 1
+        until(lambda: daemon.health()["status"] == "ok", "the end of trouble")
 
 
 def test_answers_that_may_not_be_written_for_a_while(tmp_path: Path) -> None:

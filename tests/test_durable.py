@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -226,3 +228,104 @@ def test_a_directory_that_may_not_be_read_can_still_be_written(tmp_path: Path) -
     with child(code, tmp_path) as writer:
         assert writer.wait() == 0
     assert (tmp_path / "f").read_bytes() == b"x"
+
+
+# --- what is on the disk before what ----------------------------------------------
+
+ORDERS = {
+    "durable.write('f', b'x')": """
+        write .f.tmp
+        fsync .f.tmp
+        rename .f.tmp f
+        fsync PLACE
+    """,
+    "transcript.append(Path('t.jsonl'), None, [{'task': 'a'}])": """
+        write t.jsonl
+        fsync t.jsonl
+        fsync PLACE
+    """,
+    "place.begin_attempt(dirs, ID, 1, {})": """
+        mkdir 1
+        write .attempt.json.tmp
+        fsync .attempt.json.tmp
+        rename .attempt.json.tmp attempt.json
+        fsync 1
+        fsync ID
+    """,
+    # The dropped name is known for good before the file has another one.
+    "spool.claim(dirs, [(OTHER, 'a.md')])": """
+        mkdir OTHER
+        write .name.tmp
+        fsync .name.tmp
+        rename .name.tmp name
+        fsync OTHER
+        fsync tasks
+        rename a.md .take-OTHER
+        fsync inbox
+    """,
+    # The reason is there before the file, and the file before it is gone elsewhere.
+    "spool.refuse(dirs, ID, 'b.md', 'why')": """
+        write .b.md.reason.tmp
+        fsync .b.md.reason.tmp
+        rename .b.md.reason.tmp b.md.reason
+        fsync rejected
+        linkat .take-ID b.md
+        unlink .take-ID
+        fsync rejected
+        unlink name
+        unlink task.json
+    """,
+    # One write and one sync for the whole batch.
+    "one.append([Event(AT, Kind.QUEUED, i, {'file': 'f'}) for i in (ID, OTHER)])": """
+        write tasks.md
+        fdatasync tasks.md
+    """,
+}
+SETTING = """
+import os, sys
+from pathlib import Path
+from codexd import durable, place, spool, transcript
+from codexd.config import Directories
+from codexd.ledger import Ledger
+from codexd.model import Event, Kind
+AT = "2026-11-23T07:20:11.123Z"
+ID, OTHER = "20261123t072011-k3f9qa7x2m", "20261123t072011-k3f9qa7x2n"
+os.chdir(sys.argv[1])
+dirs = Directories.below(Path("."))
+spool.prepare(dirs)
+(dirs.inbox / "a.md").touch()
+(dirs.inbox / (spool.TAKE + ID)).touch()
+(dirs.tasks / ID).mkdir()
+one = Ledger(dirs.ledger, dirs.checkpoint)
+os.mkdir("begin")
+"""
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace(1)")
+@pytest.mark.parametrize("code", ORDERS)
+def test_nothing_is_said_before_it_is_on_the_disk(tmp_path: Path, code: str) -> None:
+    log = tmp_path / "strace.log"
+    traced = "write,fsync,fdatasync,rename,renameat,linkat,unlink,mkdir"
+    strace = ["strace", "-qq", "-y", "-e", f"trace={traced}", "-e", "signal=none", "-o", str(log)]
+    program = SETTING + code + "\nos.mkdir('end')"
+    command = [*strace, sys.executable, "-c", program, str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    said = log.read_text().partition('mkdir("begin"')[2].partition('mkdir("end"')[0]
+    calls = [line for line in said.splitlines()[1:] if line]
+    assert [_plain(call, tmp_path) for call in calls] == ORDERS[code].strip().split("\n        ")
+
+
+def _plain(call: str, place: Path) -> str:
+    """A line of strace as `call NAME…`, without directories and process numbers."""
+    name, _, rest = call.partition("(")
+    found = re.findall(r'<([^>]*)>|"([^"]*)"', rest)
+    paths = [fd or text for fd, text in found]
+    if name in ("write", "fsync", "fdatasync"):
+        paths = paths[:1]
+    elif name == "linkat":
+        paths = paths[1::2]  # each comes after the directory it is seen from
+    names = ["PLACE" if p == str(place) else os.path.basename(p) for p in paths]
+    text = " ".join([name, *names])
+    text = re.sub(r"\.[0-9]+\.tmp", ".tmp", text)
+    text = text.replace("20261123t072011-k3f9qa7x2m", "ID")
+    return text.replace("20261123t072011-k3f9qa7x2n", "OTHER")

@@ -536,11 +536,9 @@ def test_it_ends_when_told_and_keeps_nobody_waiting(tmp_path: Path, number: int)
 
 
 def test_a_bug_is_told_in_the_log_and_not_to_the_client(tmp_path: Path) -> None:
-    damaged = tmp_path / "archive" / "2026-11" / ID
-    damaged.mkdir(parents=True)
-    (damaged / "status.json").write_text("{torn")
+    (tmp_path / "sessions").write_text("no directory")
     with Web(tmp_path) as one:
-        said = one.ask("GET", f"/tasks/{ID}")
+        said = one.ask("GET", "/sessions")
         assert (said.status, said.code) == (500, "internal")
         assert said.json["error"]["message"] == "codexd failed; its log says how"
         assert one.ask("GET", "/health").json["status"] == "down"

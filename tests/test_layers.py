@@ -14,18 +14,19 @@ PACKAGE = Path(__file__).resolve().parent.parent / "codexd"
 LAYERS = [
     "outcome",
     "model clock",
-    "dispatch policy prompt",
-    "durable document lock events",
-    "config quota verdict replies",
-    "codex taskfile turn",
-    "spool place ledger session transcript memory launcher service scripted program",
-    "view gate finish",
-    "report control intake",
-    "worker master http openapi routes",
-    "serve cli",
+    "dispatch policy prompt line relevance command",
+    "durable document lock events notes",
+    "config quota verdict replies book heartbeat",
+    "codex taskfile memory",
+    "spool place ledger session transcript turn launcher service scripted program",
+    "view gate finish framing metrics openapi sockets",
+    "report control intake orders routes",
+    "worker master api",
+    "http",
+    "serve",
+    "cli",
     "selftest",
 ]
-# A door and what is behind it: a room that became several files.
 ORDER = {name: n for n, line in enumerate(LAYERS) for name in line.split()}
 PURE = ["outcome", "model", "dispatch", "policy", "prompt"]
 LEAN = ["outcome", "clock", "prompt", "durable", "lock", "events", "verdict", "quota", "codex",

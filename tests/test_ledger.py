@@ -560,10 +560,20 @@ def test_a_checkpoint_tells_of_live_tasks_only(tmp_path: Path) -> None:
 
 
 def change(path: Path, **values: object) -> None:
-    """Another value in the checkpoint, with a sum that is right."""
-    data = json.loads(path.read_text())["book"] | values
+    """Other values in the checkpoint, with a sum that is right, and no task in it."""
+    data = json.loads(path.read_text())["book"] | {"tasks": []} | values
     crc = zlib.crc32(json.dumps(data).encode())
     path.write_text(json.dumps({"crc32": crc, "book": data}))
+
+
+def directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 BAD_CHECKPOINTS: dict[str, Callable[[Path, Path], object]] = {
@@ -573,8 +583,8 @@ BAD_CHECKPOINTS: dict[str, Callable[[Path, Path], object]] = {
     "binary": lambda _, c: c.write_bytes(b"\xff\x00" * 99),
     "deep": lambda _, c: c.write_bytes(b"[" * 100_000),
     "of another shape": lambda _, c: c.write_bytes(b'{"book": 7, "crc32": 1}'),
-    "a directory": lambda _, c: (c.unlink(), c.mkdir()),
-    "a FIFO": lambda _, c: (c.unlink(), os.mkfifo(c)),
+    "a directory": lambda _, c: directory(c),
+    "a FIFO": lambda _, c: fifo(c),
     "of another file": lambda _, c: change(c, inode=1),
     "beyond the end": lambda _, c: change(c, offset=1 << 40),
     "in the middle of a line": lambda p, c: change(c, offset=len(HEAD) + 9),

@@ -61,7 +61,8 @@ def test_summary(records: list[dict[str, object]], chars: int, expected: str) ->
 
 def test_the_failed_attempt_that_leads_to_a_new_thread_does_not_hide_the_rest() -> None:
     """The last record is then always one without a text: `context-full` says nothing."""
-    records = [*said("ask", "answer"), {"role": "assistant", "text": "", "outcome": "context-full"}]
+    failed: dict[str, object] = {"role": "assistant", "text": "", "outcome": "context-full"}
+    records = [*said("ask", "answer"), failed]
     assert summary(records, 4000) == "user:\n> ask\nassistant:\n> answer"
 
 

@@ -13,6 +13,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,10 @@ class Interrupted:
         assert resumed(self.model, front["thread"], self.tool)
 
 
+def says(path: Path, text: str) -> bool:
+    return path.exists() and text in path.read_text()
+
+
 # --- who is killed -----------------------------------------------------------------------
 
 
@@ -138,11 +143,34 @@ def test_killed_as_soon_as_the_thread_has_a_name(daemon: Daemon, model: CaseMode
     daemon.drop("early.md", "[[say early]]")
     id = id_of(daemon, "early.md")
     events = daemon.dirs.tasks / id / "1" / "events.jsonl"
-    until(lambda: events.exists() and b"thread.started" in events.read_bytes(), "its name", 10)
+    until(partial(says, events, "thread.started"), "its name")
     daemon.kill()
     daemon.start()
     front, text = daemon.answer("early")
     assert (front["outcome"], text) == ("done", "early\n")
+
+
+@pytest.mark.parametrize("how", ["cancel", "codex", "stop"])
+def test_no_tool_gets_away_where_no_sandbox_holds_it(
+    tmp_path: Path, model: CaseModel, how: str
+) -> None:
+    """It has a session of its own, and nothing but its descent tells whose it is."""
+    nap, other = f"sleep 741{len(how)}", f"sleep 742{len(how)}"
+    free = "codex:\n  sandbox: danger-full-access\n"
+    with prepared(tmp_path / "root", model, free) as daemon:
+        daemon.drop("free.md", f"[[first 1 shell setsid {nap} & {other}]][[say {how}]]")
+        id = id_of(daemon, "free.md")
+        until(lambda: {nap, other} <= {" ".join(argv) for argv in commands().values()}, "the tools")
+        if how == "cancel":
+            daemon.run("task", "cancel", id)
+        elif how == "codex":
+            kill(codex_of(id))
+        else:
+            assert daemon.stop() == 0
+        gone(nap)
+        gone(other)
+        if how == "codex":
+            assert daemon.answer("free")[1] == "codex\n"
 
 
 def test_sigterm_in_the_middle_of_turns(daemon: Daemon, model: CaseModel) -> None:
@@ -162,7 +190,7 @@ def test_interrupted_again_and_again_a_task_has_failed(daemon: Daemon, model: Ca
     task = Seen(daemon, "poison.md")
     for number in range(1, 7):
         events = daemon.dirs.tasks / task.id / str(number) / "events.jsonl"
-        until(lambda e=events: e.exists() and b"turn.started" in e.read_bytes(), f"turn {number}")
+        until(partial(says, events, "turn.started"), f"turn {number}")
         kill(worker_of(task.id))
     front, _ = daemon.answer("poison")
     assert (front["state"], front["outcome"]) == ("failed", "interrupted")

@@ -162,9 +162,9 @@ def test_adding_an_attempt_again_changes_nothing() -> None:
 
 @given(st.lists(st.tuples(*[st.integers(0, 1000)] * 4), min_size=1, max_size=8))
 def test_the_totals_of_a_thread_add_up_to_its_last_word(parts: list[tuple[int, ...]]) -> None:
-    known, total = Session("web"), (0, 0, 0, 0)
+    known, total = Session("web"), [0, 0, 0, 0]
     for n, part in enumerate(parts):
-        total = tuple(a + b for a, b in zip(total, part, strict=True))
+        total = [a + b for a, b in zip(total, part, strict=True)]
         known = session.add(known, f"x/{n}", "T", tokens(*total), AT)
         assert known.used == tokens(*part)
     assert known.usage == tokens(*total)

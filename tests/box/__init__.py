@@ -236,11 +236,11 @@ class Box:
             become = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--init-groups"]
             command += [*become, "--reset-env"]
         command += ["env", *(f"{name}={value}" for name, value in (env or {}).items()), *argv]
-        done = _finish(command, data or b"", timeout)
-        if done is None:
-            raise BoxError(f"{argv}: not done in {timeout} s")
+        in_time, done = _finish(command, data or b"", timeout)
+        said = _text(done.stdout + done.stderr)
+        if not in_time:
+            raise BoxError(f"{argv}: not done in {timeout} s: {said}")
         if check and done.returncode:
-            said = _text(done.stdout + done.stderr)
             raise BoxError(f"{argv}: status {done.returncode}: {said}")
         return done
 
@@ -298,10 +298,11 @@ class Box:
 
 def _finish(
     command: list[str], data: bytes, timeout: float
-) -> subprocess.CompletedProcess[bytes] | None:
-    """Run it; when it is not done in time, all of it is killed, and there is no result."""
+) -> tuple[bool, subprocess.CompletedProcess[bytes]]:
+    """Whether it was done in time, else all of it was killed; and what came of it."""
     pipe = subprocess.PIPE
     clean = {"PATH": PATH, "LANG": "C.UTF-8"}
+    in_time = True
     with subprocess.Popen(
         command, stdin=pipe, stdout=pipe, stderr=pipe, env=clean, cwd="/", start_new_session=True
     ) as process:
@@ -310,10 +311,10 @@ def _finish(
         except BaseException as error:
             # A process group spans PID namespaces; nsenter alone would leave its child behind.
             os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                return None
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, *said)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            in_time, said = False, process.communicate()
+    return in_time, subprocess.CompletedProcess(command, process.returncode, *said)
 
 
 def _text(said: bytes) -> str:

@@ -11,18 +11,16 @@ def hierarchies() -> dict[str, Path]:
     """Controllers of each mounted cgroup hierarchy ("" for v2) → this process' own cgroup."""
     lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     own = {names: path for _, names, path in lines}
-    found = {}
+    found: dict[str, Path] = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         root, point = line.split()[3:5]
         kind, _, options = line.partition(" - ")[2].split(" ", 2)
-        given = set(options.split(","))
         for names in own:
-            fits = (
-                not names if kind == "cgroup2" else bool(names) and set(names.split(",")) <= given
-            )
-            if kind in ("cgroup", "cgroup2") and fits:
+            v1 = kind == "cgroup" and names and set(names.split(",")) <= set(options.split(","))
+            v2 = kind == "cgroup2" and not names
+            if v1 or v2:
                 below = own[names].removeprefix(root.rstrip("/"))
-                found[names] = Path(point) / below.lstrip("/")
+                found.setdefault(names, Path(point) / below.lstrip("/"))
     return found
 
 

@@ -1,0 +1,89 @@
+"""How Codex is called: its command line and its environment.
+
+Every option stands before the word `resume`, the only place where all versions
+take them; a thread is continued by its id alone, since Codex starts a new one
+for a name it does not know; the environment holds what is listed here and
+nothing else of ours.
+
+Part of the room `codex`, which is the door to it.  Leaner than lean: a worker
+needs nothing but this to start Codex, and imports the rest while that starts.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+_PASSED = frozenset([
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ", "TERM", "TMPDIR",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "CODEX_API_KEY",
+    "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",
+    "http_proxy", "https_proxy", "all_proxy", "no_proxy",
+])  # fmt: skip
+
+
+def is_thread_id(text: str) -> bool:
+    """Whether `text` is the id of a Codex thread: a UUID."""
+    parts = text.split("-")
+    digits = frozenset("0123456789abcdefABCDEF")
+    return [len(part) for part in parts] == [8, 4, 4, 4, 12] and digits.issuperset("".join(parts))
+
+
+def argv(
+    binary: str,
+    *,
+    workdir: str,
+    sandbox: str | None,
+    model: str | None,
+    profile: str | None,
+    images: Sequence[str],
+    add_dirs: Sequence[str],
+    output_schema: str | None,
+    last_message_file: str,
+    thread: str | None,
+) -> list[str]:
+    """The command line of one turn; the prompt goes to its standard input.
+
+    Paths are absolute.  Sandbox and workdir are said again for a thread that is
+    continued: Codex does not remember them.
+    Raises ValueError for a `thread` that is no id and for an image with a comma
+    in its path, which Codex takes for a separator and then silently drops.
+    """
+    if thread is not None and not is_thread_id(thread):
+        raise ValueError(f"{thread!r} is not the id of a Codex thread")
+    args = [binary, "exec", "--json", "--color", "never", "--skip-git-repo-check", "-C", workdir]
+    for option, value in (("-s", sandbox), ("-p", profile), ("-m", model)):
+        if value is not None:
+            args += [option, value]
+    for directory in add_dirs:
+        args += ["--add-dir", directory]
+    if output_schema is not None:
+        args += ["--output-schema", output_schema]
+    for image in images:
+        if "," in image:
+            raise ValueError(f"Codex cannot take an image with a comma in its path: {image}")
+        args += ["-i", image]
+    # -i takes every word up to the next option: -o must follow it, or it eats
+    # `resume` and the turn runs in a new thread.
+    args += ["-o", last_message_file]
+    return [*args, *(["resume", thread] if thread else []), "-"]
+
+
+def environment(base: Mapping[str, str], home: str, extra_names: Iterable[str]) -> dict[str, str]:
+    """What Codex may know of the environment `base`; CODEX_HOME is `home`.
+
+    `extra_names` are the variables that the admin's config.toml takes keys from.
+    A TMPDIR that CODEX_HOME lies below is left out: Codex refuses to put its
+    helpers there.
+    """
+    passed = _PASSED.union(extra_names)
+    env = {k: v for k, v in base.items() if k in passed or k.startswith("LC_")}
+    if "TMPDIR" in env:
+        scratch = os.path.realpath(env["TMPDIR"]).rstrip("/") + "/"
+        if (os.path.realpath(home) + "/").startswith(scratch):
+            del env["TMPDIR"]
+    env["CODEX_HOME"] = home
+    return env
