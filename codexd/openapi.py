@@ -59,35 +59,38 @@ _DURATION: Schema = {
     "description": "Seconds, or a text such as 90s, 30m or 2h; at most 24h.",
     "anyOf": [
         {"type": "number", "minimum": 1, "maximum": 86400},
-        {"type": "string", "pattern": "^([1-9][0-9]{0,3}s?|[1-9][0-9]{0,2}m|(1?[1-9]|2[0-4])h)$"},
+        {
+            "type": "string",
+            "pattern": "^([1-9][0-9]{0,3}s?|[1-9][0-9]{0,2}m|([1-9]|1[0-9]|2[0-4])h)$",
+        },
     ],
 }
 
+_PROMPT: Schema = {
+    "type": "string",
+    "pattern": _not_blank(r"\u0000"),
+    "description": "What Codex is asked to do.",
+}
+_KEYS: Mapping[str, Schema] = {
+    "session": _text(200, "Tasks of one session run one after another in one thread."),
+    "workdir": _PATH,
+    "model": _NAME,
+    "profile": _NAME,
+    "sandbox": {"enum": list(Sandbox), "description": "Not wider than the configured one."},
+    "resume": {"enum": list(Resume), "default": "auto"},
+    "timeout": _DURATION,
+    "idle_timeout": _DURATION,
+    "priority": {"type": "integer", "minimum": 0, "maximum": 9, "default": 5},
+    "attempts": {"type": "integer", "minimum": 1, "maximum": 20},
+    "key": _text(200, "Makes sending the same again harmless."),
+    "title": _text(200, "For people."),
+    "images": _PATHS,
+    "add_dirs": _PATHS,
+    "output_schema": _PATH,
+    "memory": {"anyOf": [{"type": "boolean"}, {"enum": ["on", "off"]}]},
+}
 REQUEST = _object(
-    {
-        "prompt": {
-            "type": "string",
-            "pattern": _not_blank(r"\u0000"),
-            "description": "What Codex is asked to do.",
-        },
-        "session": _text(200, "Tasks of one session run one after another in one thread."),
-        "workdir": _PATH,
-        "model": _NAME,
-        "profile": _NAME,
-        "sandbox": {"enum": list(Sandbox), "description": "Not wider than the configured one."},
-        "resume": {"enum": list(Resume), "default": "auto"},
-        "timeout": _DURATION,
-        "idle_timeout": _DURATION,
-        "priority": {"type": "integer", "minimum": 0, "maximum": 9, "default": 5},
-        "attempts": {"type": "integer", "minimum": 1, "maximum": 20},
-        "key": _text(200, "Makes sending the same again harmless."),
-        "title": _text(200, "For people."),
-        "images": _PATHS,
-        "add_dirs": _PATHS,
-        "output_schema": _PATH,
-        "memory": {"anyOf": [{"type": "boolean"}, {"enum": ["on", "off"]}]},
-    },
-    ["prompt"],
+    {"prompt": _PROMPT, **{name: _or_null(schema) for name, schema in _KEYS.items()}}, ["prompt"]
 )
 
 LISTED: Mapping[str, Schema] = {
@@ -135,11 +138,7 @@ _SCHEMAS: Mapping[str, Schema] = {
     "Tasks": _object({"tasks": {"type": "array", "items": _ref("Listed")}, "next": _or_null(_ID)}),
     "Session": SESSION,
     "Sessions": _object({"sessions": {"type": "array", "items": _ref("Session")}}),
-    "Health": {
-        "type": "object",
-        "properties": {"status": {"type": "string"}},
-        "required": ["status"],
-    },
+    "Health": {"type": "object", "properties": {"status": _STRING}, "required": ["status"]},
     "Error": _object({"error": _object({"code": _STRING, "message": _STRING})}),
 }
 
@@ -286,10 +285,7 @@ DOCUMENT: Mapping[str, object] = {
         },
         "/metrics": {
             "get": _operation(
-                "metrics",
-                "Prometheus text.",
-                "200",
-                {"text/plain": {"schema": _STRING}},
+                "metrics", "Prometheus text.", "200", {"text/plain": {"schema": _STRING}}
             )
         },
         "/openapi.json": {

@@ -9,6 +9,7 @@ Raises OSError for what the host refuses, ValueError for a damaged file.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -39,10 +40,15 @@ def attempt(dirs: Directories, id: str, number: int) -> Path:
 
 
 def begin_attempt(dirs: Directories, id: str, number: int, orders: dict[str, object]) -> None:
-    """tasks/ID/N/attempt.json: the worker's orders, durable before it is started."""
+    """tasks/ID/N/attempt.json: the worker's orders.
+
+    The directory is durable, because what is in it later must be.  The orders
+    are not: after a power cut there is no worker to read them, and the next
+    attempt gets new ones.
+    """
     place = attempt(dirs, id, number)
     place.mkdir(mode=_MODE, exist_ok=True)
-    durable.write_json(place / "attempt.json", orders)
+    (place / "attempt.json").write_text(json.dumps(orders, indent=1), "utf-8")
     durable.sync_directory(place.parent)
 
 

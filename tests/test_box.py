@@ -201,6 +201,17 @@ def test_nothing_outlives_a_killed_test(also_the_keeper: bool) -> None:
     until(lambda: not place.exists() and not cgroup.exists(), "nothing left")
 
 
+def test_a_box_can_be_kept() -> None:
+    require("unified")
+    keep = "from tests.box import Box\nwith Box('unified', keep=True): pass"
+    shown = subprocess.check_output([sys.executable, "-c", keep], cwd=ROOT, text=True)
+    name, pid = shown.split()[0], int(shown.split()[-1])
+    assert Path(f"/proc/{pid}/comm").read_text() == "systemd\n"
+    assert f"--target {pid}" in shown
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not (PLACES / name).exists(), "nothing left")
+
+
 def test_where_there_can_be_no_box_ci_fails(box: Box) -> None:
     """Its user is not root, and so can have no box of its own."""
     ask = (PYTHON, "-c", "from tests.box.host import require; require()")
@@ -373,18 +384,31 @@ StateDirectory=turn
 WorkingDirectory={HOME}
 Environment=HOME={HOME} CODEX_HOME={HOME}/codex CODEXD_SCRIPTED_KEY=scripted
 """
-SEEN = "echo $$(ls -d /proc/[0-9]* | wc -l) && ! touch /var/lib/turn/x"
+LOOK = "cat /proc/1/comm && ! touch /var/lib/turn/x 2>/dev/null"
 
 
-@pytest.mark.parametrize("hardened", ["", "ProtectProc=invisible\nPrivateUsers=yes\n"])
-def test_the_sandbox_of_codex_works_in_a_unit(box: Box, hardened: str) -> None:
-    unit = f"{TURN}{hardened}Type=oneshot\nExecStart={CODEX} sandbox -- true\n"
-    unit += f"ExecStart={CODEX} sandbox -- sh -c '{SEEN}'\n"
-    add(box, {"sandbox.service": unit})
+def sandboxed(box: Box, properties: str = "") -> str:
+    """What a command in Codex's sandbox, in a unit, takes for PID 1."""
+    name = f"sandbox-{len(properties)}.service"  # the journal keeps what others said
+    unit = f"{TURN}{properties}Type=oneshot\nExecStart={CODEX} sandbox -- true\n"
+    add(box, {name: f"{unit}ExecStart={CODEX} sandbox -- sh -c '{LOOK}'\n"})
     box.run("mkdir", "-p", f"{HOME}/codex")
-    box.run("systemctl", "start", "sandbox")
-    few = [line for line in said(box, "sandbox.service") if line.isdigit()][-1]
-    assert int(few) < 8  # it has a /proc of its own: bubblewrap could mount one
+    box.run("systemctl", "start", name)
+    (comm,) = said(box, name)
+    return comm
+
+
+@pytest.mark.parametrize("properties", ["", "ProtectProc=invisible\nPrivateUsers=yes\n"])
+def test_the_sandbox_of_codex_works_in_a_unit(box: Box, properties: str) -> None:
+    assert sandboxed(box, properties) != "systemd"  # bubblewrap could mount a /proc of its own
+
+
+def test_a_sandbox_without_a_proc_of_its_own() -> None:
+    """Codex says nothing of it: the box must be able to tell a test which of both it was."""
+    require("unified")
+    with Box("unified", clean_proc=False) as box:
+        box.run("useradd", "--system", "worker")
+        assert sandboxed(box) == "systemd"
 
 
 def test_a_turn_of_the_real_codex(box: Box) -> None:

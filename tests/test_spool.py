@@ -161,6 +161,7 @@ def test_scan_tells_dropped_from_taken_in_byte_order(dirs: Directories) -> None:
         b"a\nb.md",
         b"x.tmp.md",
         "ü".encode(),
+        "🦊".encode(),
         b"\xff\x1b",
     ]
     for name in (

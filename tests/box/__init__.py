@@ -118,13 +118,17 @@ class Box:
     def wait_running(self, timeout: float = 30) -> str:
         """Wait for the end of the boot: "running", or "degraded" where a unit failed."""
         end = time.monotonic() + timeout
+        said = ""
         while time.monotonic() < end and not self._speaks(0):
             # It fails until there is a PID 1 that listens; from then on it waits by itself.
             done = self.run("systemctl", "is-system-running", "--wait", check=False)
+            said = done.stdout + done.stderr
             if (state := done.stdout.strip()) in ("running", "degraded"):
                 return state
             time.sleep(0.02)
-        raise BoxError(f"{self.name} does not come up: {self.console()}")
+        jobs = self.run("systemctl", "list-jobs", check=False)
+        said += jobs.stdout + jobs.stderr + self.console()
+        raise BoxError(f"{self.name} does not come up: {said}")
 
     def poweroff(self) -> None:
         """The orderly end: systemd stops every unit.  `boot` starts the box again."""

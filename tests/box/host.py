@@ -52,6 +52,8 @@ def missing(mode: Mode) -> str | None:
         return "a booted systemd needs root"
     if lacking := [name for name, path in PACKAGES.items() if not glob.glob(path)]:
         return f"a booted systemd needs packages: apt-get install {' '.join(lacking)}"
+    if _in_chroot():
+        return "a booted systemd cannot be had in a chroot"
     controllers = hierarchies()
     if "" not in controllers:
         return "a booted systemd needs a mounted cgroup v2"
@@ -67,6 +69,14 @@ def _unreadable() -> str | None:
         if not all(path.stat().st_mode & 0o001 for path in [Path(prefix), *Path(prefix).parents]):
             return f"a booted systemd needs /usr/bin/python{VERSION}, or {prefix} open to all users"
     return None
+
+
+def _in_chroot() -> bool:
+    """Whoever enters a mount namespace comes out at its real root."""
+    look = ["stat", "--format=%d:%i", "/"]
+    here = subprocess.check_output(look)
+    there = subprocess.check_output(["nsenter", "--mount=/proc/self/ns/mnt", *look])
+    return here != there
 
 
 def _refusal() -> str | None:

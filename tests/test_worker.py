@@ -1,0 +1,195 @@
+"""The worker by itself: tasks/ID in, tasks/ID/N out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codexd.launcher import Processes
+from codexd.model import Request
+from tests.daemon import until
+
+ID = "20261123t072011-k3f9qa7x2m"
+FAKE = Path(__file__).parent / "bin" / "codex"
+# Everything the worker may have imported when it starts Codex, besides what an
+# empty Python has.  A module more costs every task its time: measure before.
+IMPORTS = {
+    "__future__", "_json", "codexd", "codexd.command", "codexd.durable", "codexd.prompt",
+    "codexd.worker",
+    # os, and what it needs:
+    "_collections_abc", "_stat", "genericpath", "os", "os.path", "posixpath", "stat",
+}  # fmt: skip
+_TELL = """
+import sys
+before = set(sys.modules)
+def told(event, args):
+    if event == "os.posix_spawn":
+        print(*(set(sys.modules) - before), file=sys.stderr)
+sys.addaudithook(told)
+"""
+
+
+class Place:
+    """tasks/ID with one attempt ordered."""
+
+    def __init__(self, root: Path, **changes: object) -> None:
+        self.root = root
+        self.tasks = root / "tasks"
+        self.attempt = self.tasks / ID / "1"
+        self.attempt.mkdir(parents=True)
+        (root / "run").mkdir()
+        (root / "work").mkdir()
+        (root / "home").mkdir(mode=0o700)
+        self.launcher = Processes(self.tasks, root / "run")
+        request = Request("Say something.").to_json()
+        task = {"id": ID, "request": {**request, **changes.pop("request", {})}}  # type: ignore[dict-item]
+        (self.tasks / ID / "task.json").write_text(json.dumps(task))
+        orders = {
+            "attempt": 1, "thread": None, "preamble": "", "header": "", "policy": "Be brief.",
+            "workdir": str(root / "work"), "workdirs": [str(root / "work")], "bin": str(FAKE),
+            "home": str(root / "home"), "env": ["CODEX_FAKE_MODE"], "model": None, "profile": None,
+            "sandbox": "workspace-write", "timeout": 30.0, "idle_timeout": 30.0, "setpriv": None,
+            "memory": {"on": True, "paths": ["MEMORY.md", "memory"], "hits": 20, "chars": 4000,
+                       "rg": None},
+        }  # fmt: skip
+        (self.attempt / "attempt.json").write_text(json.dumps({**orders, **changes}))
+
+    def command(self) -> list[str]:
+        return self.launcher.command(ID)
+
+    def start(self, mode: str, **more: Any) -> subprocess.Popen[str]:
+        env = {**os.environ, "CODEX_FAKE_MODE": mode}
+        return subprocess.Popen(self.command(), env=env, text=True, **more)
+
+    def run(self, mode: str = "answer") -> dict[str, Any]:
+        done = self.start(mode, stdin=subprocess.DEVNULL)
+        assert done.wait(30) == 0
+        return self.result()
+
+    def result(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.attempt / "result.json").read_text())
+        return found
+
+
+def test_what_is_imported_before_codex_starts(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    command = place.command()
+    at = command.index("-c") + 1
+    command[at] = _TELL + command[at]
+    env = {**os.environ, "CODEX_FAKE_MODE": "answer"}
+    done = subprocess.run(
+        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30
+    )
+    assert set(done.stderr.split()) - {"abc", "_abc"} == IMPORTS
+
+
+def test_one_attempt_leaves_its_result(tmp_path: Path) -> None:
+    result = Place(tmp_path).run()
+    assert result["outcome"] == "done"
+    assert result["id"] == ID
+    assert result["attempt"] == 1
+    assert result["exit_status"] == 0
+    assert result["answer"]
+    assert result["cost"]["cpu_seconds"] >= 0
+    left = sorted(p.name for p in (tmp_path / "tasks" / ID / "1").iterdir())
+    assert {"started", "prompt.md", "events.jsonl", "stderr.txt", "result.json"} <= set(left)
+    assert not [name for name in left if name.endswith(".tmp")]
+
+
+def test_the_prompt_is_policy_then_message(tmp_path: Path) -> None:
+    Place(tmp_path, request={"prompt": "--help\n- x\n"}).run()
+    text = (tmp_path / "tasks" / ID / "1" / "prompt.md").read_text()
+    assert text == "Be brief.\n\n---\n\n--help\n- x\n\n"
+
+
+def test_a_started_attempt_is_not_started_again(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    (place.attempt / "started").touch()
+    assert place.start("answer", stdin=subprocess.DEVNULL).wait(30) == 0
+    assert not (place.attempt / "result.json").exists()
+    assert not (place.attempt / "prompt.md").exists()
+
+
+def test_two_at_once_start_codex_once(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    effects = tmp_path / "effects"
+    env = {**os.environ, "CODEX_FAKE_MODE": "answer", "CODEX_FAKE_EFFECTS": str(effects)}
+    orders = json.loads((place.attempt / "attempt.json").read_text())
+    orders["env"].append("CODEX_FAKE_EFFECTS")
+    (place.attempt / "attempt.json").write_text(json.dumps(orders))
+    both = [subprocess.Popen(place.command(), env=env, stdin=subprocess.DEVNULL) for _ in range(2)]
+    assert [one.wait(30) for one in both] == [0, 0]
+    assert len(effects.read_text().splitlines()) == 1
+    assert place.result()["outcome"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"workdir": "/nowhere/at/all"}, "workdir /nowhere/at/all is not below a configured root"),
+        ({"workdirs": ["/"], "workdir": "/nowhere"}, "workdir /nowhere does not exist"),
+        ({"workdirs": ["/"], "workdir": "/etc/passwd"}, "workdir /etc/passwd is not a directory"),
+        ({"request": {"images": ["a.png"]}}, "a.png does not exist"),
+        ({"request": {"images": ["/etc/passwd"]}}, "image /etc/passwd is not below"),
+        ({"thread": "yesterday"}, "'yesterday' is not the id of a Codex thread"),
+        ({"home": None}, "damaged"),
+    ],
+)
+def test_what_cannot_work_is_config(tmp_path: Path, changes: Any, sentence: str) -> None:
+    result = Place(tmp_path, **changes).run()
+    assert result["outcome"] == "config"
+    assert sentence in result["message"]
+    assert not (tmp_path / "tasks" / ID / "1" / "events.jsonl").exists()
+
+
+def test_a_codex_that_is_not_there_is_host(tmp_path: Path) -> None:
+    result = Place(tmp_path, bin="/nonexistent/codex").run()
+    assert result["outcome"] == "host"
+    assert "cannot start Codex" in result["message"]
+
+
+def test_sigterm_interrupts_the_turn(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    worker = place.start("hang-turn", stdin=subprocess.DEVNULL)
+    events = place.attempt / "events.jsonl"
+    until(lambda: events.exists() and "turn.started" in events.read_text(), "a turn")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(15) == 0
+    assert place.result()["outcome"] == "interrupted"
+
+
+def test_the_end_of_the_daemon_interrupts_the_turn(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    read, write = os.pipe()
+    worker = place.start("hang-turn", stdin=read)
+    os.close(read)
+    events = place.attempt / "events.jsonl"
+    until(lambda: events.exists() and "turn.started" in events.read_text(), "a turn")
+    os.close(write)
+    assert worker.wait(15) == 0
+    assert place.result()["outcome"] == "interrupted"
+
+
+def test_it_rings_when_the_result_is_there(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    worker = place.start("answer", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    assert worker.stdout is not None
+    assert worker.stdout.read(1) == "."
+    assert place.result()["outcome"] == "done"
+    worker.stdout.close()
+    assert worker.wait(15) == 0
+
+
+@pytest.mark.parametrize("args", [[], ["a", "b"], ["../x"], ["--tasks", "x"]])
+def test_usage(args: list[str]) -> None:
+    command = [sys.executable, "-m", "codexd.worker", *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: codexd-worker")
