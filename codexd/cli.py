@@ -507,13 +507,18 @@ def main() -> None:
     except config.ConfigError as why:
         _die(Exit.CONFIGURATION, str(why))
     except PermissionError as error:
-        _die(Exit.PERMISSION, f"{error.filename}: {error.strerror}")
-    except FileNotFoundError as error:
-        _die(Exit.UNAVAILABLE, f"{error.filename}: {error.strerror}; was codexd started here?")
-    except (LedgerBroken, OSError) as error:
-        _die(Exit.UNAVAILABLE, str(error))
+        _die(Exit.PERMISSION, _said(error))
+    except OSError as error:
+        _die(Exit.UNAVAILABLE, _said(error))
+    except LedgerBroken as broken:
+        _die(Exit.UNAVAILABLE, str(broken))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def _said(error: OSError) -> str:
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename else what
 
 
 def _die(status: Exit, text: str) -> None:

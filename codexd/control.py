@@ -38,6 +38,7 @@ class Controls:
         self.launcher = launcher
         self.keeper = keeper
         self.finish = finish
+        self.waiting: list[str] = []  # those whose task is still in the inbox
 
     def obey(self, names: list[str], record: Record) -> list[str]:
         """Obey what is a control file; the other names.
@@ -45,6 +46,7 @@ class Controls:
         A retry is left to the intake: it makes a task.
         """
         found = [name for name in names if name.endswith(_ENDINGS)]
+        self.waiting = []
         if not found:
             return names
         done = {name for name in found if self._obeyed(name, record)}
@@ -59,7 +61,8 @@ class Controls:
         if control is None or not spool.is_empty_file(self.dirs.inbox / name):
             return False
         if is_id(control.target) and spool.in_inbox(self.dirs, control.target):
-            return True  # its task is taken in this round, it is obeyed in the next
+            self.waiting.append(name)
+            return True
         if not self._obey(control, record):
             return False
         if control.verb != "hold" or self.keeper.remembered:

@@ -118,6 +118,11 @@ class Finish:
             cap=self.config.retry.cap,
             chance=(crc32(f"{task.id}/{task.launches}".encode()) % 1000) / 1000,
         )
+        if step.kind is Kind.QUEUED and not found.began and task.interruptions:
+            # The host cannot start it again and again: it may be short of something.
+            retry = self.config.retry
+            delay = policy.backoff(task.interruptions, retry.base, retry.cap, 1.0)
+            step = replace(step, kind=Kind.WAITING, delay=delay)
         used = self._remember(task, found, step) if found.ran else {}
         event = self._event(task, found, step, used)
         if apply(task, event).state.ended:

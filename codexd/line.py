@@ -75,10 +75,9 @@ def seal(text: str) -> bytes:
 
 
 def _fact(value: object) -> str:
-    # ensure_ascii leaves no control character but DEL; the backtick would end
-    # the code span.  Both can only stand inside a JSON string.
-    text = json.dumps(value, separators=(",", ":"))
-    return text.replace("`", "\\u0060").replace("\x7f", "\\u007f")
+    # json.dumps leaves printable ASCII alone; a backtick would end the code span.
+    # It can only stand inside a JSON string.
+    return json.dumps(value, separators=(",", ":")).replace("`", "\\u0060")
 
 
 def render(event: Event) -> bytes:

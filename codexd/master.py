@@ -98,13 +98,16 @@ class Master:
         facts = {"version": __version__, "pid": os.getpid(), "tasks": len(book.tasks)}
         try:
             self.record([Event(clock.now(), Note.STARTED, facts=facts)])
+            for task in list(book.tasks.values()) if book.damaged else ():
+                self.record(self.finish.retold(task))
         except LedgerFull as full:
             self.refused(full)  # the first round closes the gate
-        for task in list(book.tasks.values()) if book.damaged else ():
-            self.record(self.finish.retold(task))
         for id in sorted(p.name for p in self.dirs.tasks.iterdir()):
-            if id not in book.tasks:
-                self._tidy(id)
+            try:
+                if id not in book.tasks:
+                    self._tidy(id)
+            except OSError as error:
+                self.warn("not.tidied", path=self.dirs.tasks / id, why=sentence(error))
 
     def _tidy(self, id: str) -> None:
         """A directory of no live task: ended, being taken, or never taken."""
@@ -155,6 +158,8 @@ class Master:
         if DISK not in self.keeper.closed:
             for event in self.intake.take(names, leftover, now):
                 self.say(event)
+            # Before they can start: cancelled or held, they must not cost a turn.
+            self.controls.obey(self.controls.waiting, self.record)
         self.collect()
         self.awake(now)
         self.dispatch(now)
@@ -345,6 +350,7 @@ def run(config: Config, service: Service, started: Callable[[Master], None]) -> 
         master = Master(config, service)
         master.begin()
         master.watch.tend()
+        master.beat()  # who reads "ready" may ask at once how things are
         started(master)
         service.run(master.step)
     finally:

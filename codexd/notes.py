@@ -22,8 +22,6 @@ import sys
 from collections import Counter
 from time import monotonic
 
-from codexd.relevance import BOMS, UTF16
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,8 +32,7 @@ LARGEST = 2 << 20  # bytes; a larger file is not a note
 OUTPUT = 64 << 20  # bytes a scanner may print
 BATCH = 256  # names in one command, each up to 4 KiB
 _SEARCHED = re.compile(rb"\n(\d+) files searched\n(?:.*\n)*?(\d+) bytes searched\n")
-# A byte that cannot be in a run becomes a space.
-_RUNS = bytes(b if b > 127 or b == 95 or chr(b).isalnum() else 32 for b in range(256))
+BOMS = (b"\xff\xfe", b"\xfe\xff")  # how a file in UTF-16 begins
 
 
 class ScanError(Exception):
@@ -57,11 +54,6 @@ class Scan:
         for run, n in runs.items():
             for term in query.runs[run]:
                 tally[term] = tally.get(term, 0) + n
-        if UTF16 in tally:  # which no scanner can read
-            try:
-                tally = query.runs.count(read(path))
-            except OSError:
-                return  # gone meanwhile; were it there, ranking would meet it again
         if tally:
             self.tallies[path] = tally
 
@@ -117,11 +109,11 @@ def scan(
 
 
 def _rg(query: Query, where: list[str], until: float, rg: str | None, problems: list[str]) -> Scan:
-    # -uuu: also what .gitignore and a leading dot hide.  -E none: bytes as they are.
+    # -uuu: also what .gitignore and a leading dot hide.  rg itself reads UTF-16.
     # fmt: off
     argv = [
         rg or _program("rg"), "--no-config", "-uuu", "-g", "*.md", "--max-filesize", str(LARGEST),
-        "-a", "-E", "none", "-o", "-N", "--heading", "--null", "--stats", "--color", "never",
+        "-a", "-o", "-N", "-H", "--heading", "--null", "--stats", "--color", "never",
         "-f", "-", "--", *where,
     ]
     # fmt: on
@@ -150,7 +142,7 @@ def _escaped(literal: bytes) -> str:
 
 def _grep(query: Query, where: list[str], until: float, problems: list[str]) -> Scan:
     # In the C locale a byte is a character, and -i means ASCII letters.
-    pattern = b"(" + b"|".join(query.literals) + b")[[:alnum:]_\x80-\xff]*\n"
+    pattern = b"(" + b"|".join((*query.literals, *BOMS)) + b")[[:alnum:]_\x80-\xff]*\n"
     argv = [_program("grep"), "-aioEHZ", "-D", "skip", "-d", "skip", "-f", "-", "--"]
     found = Scan()
     runs: dict[bytes, list[bytes]] = {}
@@ -164,30 +156,30 @@ def _grep(query: Query, where: list[str], until: float, problems: list[str]) -> 
             run, _, rest = chunk.partition(b"\n")
             runs.setdefault(name, []).append(run)
             name = rest
-    for path, held in runs.items():
-        found.add(query, os.fsdecode(path), Counter(held))
+    for name, held in runs.items():
+        path = os.fsdecode(name)
+        if held[0].startswith(BOMS):
+            _look(query, path, found, problems)
+        else:
+            found.add(query, path, Counter(held))
     return found
 
 
 def _python(query: Query, where: list[str], until: float, problems: list[str]) -> Scan:
     found = Scan()
-    tails: dict[bytes, bytes] = {}  # a word → what a scanner would print of it
     for path in _walk(where, found, until, problems):
-        try:
-            note = _bytes(path)
-        except OSError as err:
-            problems.append(_why(err))
-            continue
-        runs: Counter[bytes] = Counter()
-        for word, n in Counter(note.translate(_RUNS).split()).items():
-            tail = tails.get(word)
-            if tail is None:
-                at = query.pattern.search(word)
-                tail = tails[word] = word[at.start() :] if at else b""
-            if tail:
-                runs[tail] += n
-        found.add(query, path, runs)
+        _look(query, path, found, problems)
     return found
+
+
+def _look(query: Query, path: str, found: Scan, problems: list[str]) -> None:
+    """Count a file's terms without a scanner."""
+    try:
+        found.add(query, path, query.tails(_transcoded(_bytes(path))))
+    except FileNotFoundError:
+        pass  # gone since it was listed
+    except OSError as err:
+        problems.append(_why(err))
 
 
 def _walk(where: list[str], found: Scan, until: float, problems: list[str]) -> Iterator[str]:
@@ -296,12 +288,14 @@ def _drained(out: int, err: int, until: float) -> tuple[bytes, bytes]:
 
 def read(path: str) -> bytes:
     """A note as UTF-8, whatever it is in; empty if it is no text.  Raises OSError."""
-    note = _bytes(path)
+    note = _transcoded(_bytes(path))
+    return b"" if b"\0" in note else note.decode("utf-8-sig", "replace").encode()
+
+
+def _transcoded(note: bytes) -> bytes:
     if note.startswith(BOMS):
         return note.decode("utf-16", "replace").encode("utf-8", "replace")
-    if b"\0" in note:
-        return b""
-    return note.decode("utf-8-sig", "replace").encode()
+    return note
 
 
 def _bytes(path: str) -> bytes:

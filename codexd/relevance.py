@@ -16,6 +16,7 @@ the sections of the best files; bench/memory.py says how well.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from math import log
 from unicodedata import normalize
 
@@ -54,11 +55,10 @@ _IS_DENSE = re.compile(f"[{_DENSE}]")
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _ENDING = re.compile(r"(?<=\w{3})(?:ings?|ed|ies|es|s|y|e|ly|er|ers|ations?|en|ern)$")
 _PARAGRAPH = re.compile(r"\n[ \t\r]*\n")
-_RUN = re.compile(rb"[\w\x80-\xff]+")
+# A byte that cannot be in a run becomes a space.
+SPLIT = bytes(b if b > 127 or b == 95 or chr(b).isalnum() else 32 for b in range(256))
 
 STEM = 6  # characters
-BOMS = (b"\xff\xfe", b"\xfe\xff")  # how a file in UTF-16 begins
-UTF16 = "\ufeff"  # the term for that
 EXACT = "="  # first character of a term that is a word as written
 LONGEST_WORD = 64  # characters; beyond it, keys and hashes
 W_STEM, W_EXACT, W_DENSE = 0.7, 0.3, 0.3
@@ -138,9 +138,7 @@ class Runs(dict[bytes, tuple[str, ...]]):
 
     def __missing__(self, run: bytes) -> tuple[str, ...]:
         found: tuple[str, ...] = ()
-        if run.startswith(BOMS):
-            found = (UTF16,)
-        elif self._pattern.search(run):
+        if self._pattern.search(run):
             text = run.decode("utf-8", "replace")
             found = tuple(t for t in terms(text) if t in self._wanted)
         self[run] = found
@@ -149,10 +147,22 @@ class Runs(dict[bytes, tuple[str, ...]]):
     def count(self, note: bytes) -> dict[str, int]:
         """How often each term is in a piece of a note."""
         tally: dict[str, int] = {}
-        for held in map(self.__getitem__, _RUN.findall(note)):
+        for held in map(self.__getitem__, note.translate(SPLIT).split()):
             for term in held:
                 tally[term] = tally.get(term, 0) + 1
         return tally
+
+
+class _Tails(dict[bytes, bytes]):
+    """word → the run in it, empty if there is none."""
+
+    def __init__(self, pattern: re.Pattern[bytes]) -> None:
+        self._pattern = pattern
+
+    def __missing__(self, word: bytes) -> bytes:
+        at = self._pattern.search(word)
+        self[word] = tail = word[at.start() :] if at else b""
+        return tail
 
 
 class Query:
@@ -163,7 +173,7 @@ class Query:
     contains one of these, ASCII letters in any case; `pattern` matches them.
     """
 
-    __slots__ = ("literals", "passages", "pattern", "runs", "words")
+    __slots__ = ("_tails", "literals", "passages", "pattern", "runs", "words")
 
     def __init__(self, text: str) -> None:
         split = [found for found in map(_words, _passages(text)) if found]
@@ -178,6 +188,12 @@ class Query:
         self.literals = _literals({term.removeprefix(EXACT) for term in self.words})
         self.pattern = re.compile(b"|".join(self.literals), re.IGNORECASE)
         self.runs = Runs(self.words, self.pattern)
+        self._tails = _Tails(self.pattern)
+
+    def tails(self, note: bytes) -> Counter[bytes]:
+        """What rg would print of a note: its words, each from its first literal on."""
+        tails = map(self._tails.__getitem__, note.translate(SPLIT).split())
+        return Counter(filter(None, tails))
 
     def _choose(self, words: Mapping[str, Sequence[str]], room: int) -> int:
         """Take up to `room` words, long ones first: they are rarer.  How many were new."""
@@ -199,7 +215,7 @@ def _literals(plain: set[str]) -> list[bytes]:
             continue  # whoever finds the other finds this
         cases = (term,) if term.isascii() else (term, term.capitalize(), term.upper())
         found.update(normalize(f, c).encode().lower() for c in cases for f in ("NFC", "NFD"))
-    return [*sorted(found), *BOMS]
+    return sorted(found)
 
 
 class Scorer:

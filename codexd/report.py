@@ -51,7 +51,9 @@ def _show(text: str, stream: TextIO) -> None:
         stream.write(clean(text, breaks=True))
     else:
         stream.flush()
-        stream.buffer.write(text.encode("utf-8", "replace"))
+        left = memoryview(text.encode("utf-8", "replace"))
+        while left:  # an unbuffered stream may take a part only
+            left = left[stream.buffer.write(left) :]
     stream.flush()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from codexd import lock
+from codexd.spool import deliver_control
 from codexd.view import View
 from tests.daemon import Daemon, until
 from tests.processes import codex_of, gone, kill, naming
@@ -101,9 +102,9 @@ def model() -> Iterator[CaseModel]:
         yield model
 
 
-def prepared(root: Path, model: CaseModel, more: str = "") -> Daemon:
+def prepared(root: Path, model: CaseModel, config: str = CONFIG) -> Daemon:
     """A daemon that is not started yet.  Its HOME has no shell start-up files for Codex to run."""
-    one = Daemon(root, {**model.environment(), "HOME": str(root)}, CONFIG + more)
+    one = Daemon(root, {**model.environment(), "HOME": str(root)}, config)
     model.write_config(one.dirs.codex_home)
     return one
 
@@ -198,6 +199,34 @@ def test_a_long_answer_is_whole_in_its_file_and_null_in_json(daemon: Daemon) -> 
     assert task["answer"] is None
     whole = Path(task["answer_file"]).read_bytes()
     assert whole.partition(b"\n---\n")[2] == payload(BIG).encode() + b"\n"
+
+
+FRONT = """\
+id session state outcome message file created started ended attempts thread tokens_in tokens_out
+cpu_seconds memory_peak_bytes"""
+
+
+def test_every_answer_file_tells_the_same_things(daemon: Daemon) -> None:
+    for name in ("cut", "400", "workdir", "always", "seq", "megabytes"):
+        front, text = daemon.answer(name, 60)
+        assert list(front) == FRONT.split()
+        assert bool(text) == (front["state"] == "done")
+        assert (front["tokens_in"] is not None) == (front["state"] == "done")
+
+
+@pytest.mark.parametrize("text", ["--help", "- x", "[[say it]]\n- x"])
+def test_what_is_asked_is_never_an_option(daemon: Daemon, model: CaseModel, text: str) -> None:
+    asked = daemon.run("ask", "-", stdin=text)
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.startswith(("it\n", "Hello from the scripted model."))
+    assert model.asked(text)[-1].prompt.endswith(f"\n---\n\n{text}\n")
+
+
+def test_an_empty_question_is_refused(daemon: Daemon) -> None:
+    asked = daemon.run("ask", " \n")
+    assert asked.returncode == 2
+    assert asked.stdout == ""
+    assert "prompt" in asked.stderr
 
 
 @pytest.mark.parametrize("name", EMPTY)
@@ -308,23 +337,25 @@ def test_hold_and_release_of_a_task(daemon: Daemon, model: CaseModel) -> None:
     assert daemon.answer("two")[1] == "two\n"
 
 
-def test_release_and_cancel_of_a_task_that_waits_for_its_retry(daemon: Daemon) -> None:
+def test_release_and_cancel_of_a_task_that_waits_for_its_retry(
+    tmp_path: Path, model: CaseModel
+) -> None:
     """Both leave a wake-up behind, and the daemon must not spin on it."""
-    for name in ("sooner", "never"):
-        daemon.drop(f"{name}.md", f"[[first 2 cut]][[say {name} at last]]")
-    sooner, never = Seen(daemon, "sooner.md"), Seen(daemon, "never.md")
-    never.until("waiting", "transient")
-    assert daemon.run("task", "cancel", never.id).returncode == 0
-    front, _ = daemon.answer("never")
-    assert front["state"] == "cancelled"
-    assert "stream disconnected before completion" in front["message"]
-    if sooner.now()["state"] == "waiting":
-        daemon.run("task", "release", sooner.id)
-    assert daemon.answer("sooner")[1] == "sooner at last\n"
-    until(lambda: not any(t["state"] == "running" for t in daemon.tasks()), "rest", 60)
-    before = ticks(daemon)
-    time.sleep(3)
-    assert ticks(daemon) - before < 20
+    with prepared(tmp_path / "root", model, CONFIG.replace("1s", "3s").replace("2s", "3s")) as one:
+        for name in ("sooner", "never"):
+            one.drop(f"{name}.md", f"[[first 2 cut]][[say {name} at last]]")
+        sooner, never = Seen(one, "sooner.md"), Seen(one, "never.md")
+        for task, verb in ((never, "cancel"), (sooner, "release")):
+            task.until("waiting", "transient")
+            deliver_control(one.dirs.inbox, f"{task.id}.{verb}")
+        front, _ = one.answer("never")
+        assert (front["state"], front["attempts"]) == ("cancelled", 1)
+        assert "stream disconnected before completion" in front["message"]
+        assert one.answer("sooner")[1] == "sooner at last\n"
+        time.sleep(3)  # until what they waited for has come
+        before = ticks(one)
+        time.sleep(2)
+        assert ticks(one) - before < 20
 
 
 def ticks(daemon: Daemon) -> int:

@@ -321,6 +321,19 @@ def test_pages(tmp_path: Path) -> None:
         assert walk(web, "state=queued&limit=2") == [id for id in newest if id in ids[2:]]
         task = web.ask("GET", "/tasks?limit=1").json["tasks"][0]
         assert task.keys() == openapi.LISTED.keys()
+    view = View(Directories.below(tmp_path))
+    walked, cursor = view.page(None, None, 50, None, 0.0)
+    while cursor:
+        more, cursor = view.page(None, None, 50, cursor, 0.0)
+        assert len(more) <= 1  # there was no time for two
+        walked += more
+    assert [task["id"] for task in walked] == newest
+    (tmp_path / "archive").rename(tmp_path / "archive.old")
+    (tmp_path / "archive").touch()
+    assert len(view.page("queued", None, 50, None)[0]) == 5  # needs no look at what has ended
+    with pytest.raises(NotADirectoryError):
+        view.page("cancelled", None, 50, None)
+    view.close()
 
 
 def listed(web: Web, query: str) -> tuple[list[str], str | None]:
@@ -363,7 +376,7 @@ def test_health(working: Web, held: Web, alone: Web) -> None:
     assert (closed.status, closed.json["status"]) == (503, "codex")
     assert closed.headers["retry-after"] == "5"
     down = alone.ask("GET", "/health")
-    assert (down.status, down.json["status"]) == (503, "down")
+    assert (down.status, down.json["status"], down.json["inbox"]) == (503, "down", 0)
 
 
 def _well(web: Web) -> dict[str, Any] | None:

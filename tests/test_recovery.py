@@ -22,9 +22,9 @@ from codexd import place
 from codexd.ledger import Ledger
 from codexd.model import Event, Kind
 from tests.daemon import PYTHON, Daemon, until
-from tests.processes import codex_of, commands, gone, kill, naming, worker_of
+from tests.processes import codex_of, commands, gone, kill, worker_of
 from tests.scripted_cases import CaseModel
-from tests.test_failures import Seen, id_of, prepared
+from tests.test_failures import CONFIG, Seen, id_of, prepared
 
 pytestmark = pytest.mark.xdist_group("recovery")
 
@@ -156,7 +156,7 @@ def test_no_tool_gets_away_where_no_sandbox_holds_it(
 ) -> None:
     """It has a session of its own, and nothing but its descent tells whose it is."""
     nap, other = f"sleep 741{len(how)}", f"sleep 742{len(how)}"
-    free = "codex:\n  sandbox: danger-full-access\n"
+    free = CONFIG + "codex:\n  sandbox: danger-full-access\n"
     with prepared(tmp_path / "root", model, free) as daemon:
         daemon.drop("free.md", f"[[first 1 shell setsid {nap} & {other}]][[say {how}]]")
         id = id_of(daemon, "free.md")
@@ -196,6 +196,25 @@ def test_interrupted_again_and_again_a_task_has_failed(daemon: Daemon, model: Ca
     assert (front["state"], front["outcome"]) == ("failed", "interrupted")
     assert front["message"] == "the worker was killed in the middle of the turn"
     gone(task.id)
+
+
+def test_a_host_that_cannot_start_workers_gets_time(daemon: Daemon, model: CaseModel) -> None:
+    """The lock of the worker cannot be made, as when a process or a file too many is asked for."""
+    id = "20260101t000000-refused000"
+    in_the_way = daemon.dirs.run / "workers" / f"{id}.lock"
+    in_the_way.mkdir()
+    daemon.drop(f"{id}.md", "[[say started at last]]")
+    until(lambda: daemon.log.read_text().count("worker.refused") >= 2, "two refusals")
+    shown = daemon.json("task", "show", id)
+    assert shown["state"] in ("waiting", "running")
+    in_the_way.rmdir()
+    assert until(lambda: daemon.json("task", "show", id)["answer"], "its answer") == (
+        "started at last"
+    )
+    assert daemon.json("task", "show", id)["attempts"] == 1
+    waits = [line for line in daemon.events() if f"`{id}` **waiting**" in line]
+    assert waits
+    assert all("the worker was not started" in line for line in waits)
 
 
 # --- where it was, as a crash leaves it on disk --------------------------------------------
@@ -245,7 +264,9 @@ def held_tasks(daemon: Daemon, names: list[str]) -> dict[str, str]:
     until(lambda: "**closed**" in daemon.dirs.ledger.read_text(), "the gate closed")
     for name in names:
         daemon.drop(f"{name}.md", f"[[say {name}]]")
-    return {name: id_of(daemon, f"{name}.md") for name in names}
+    ids = {name: id_of(daemon, f"{name}.md") for name in names}
+    until(lambda: not list(daemon.dirs.inbox.iterdir()), "an empty inbox")
+    return ids
 
 
 def test_every_moment_of_a_crash(daemon: Daemon, model: CaseModel) -> None:
@@ -387,6 +408,9 @@ def damage_the_rest(daemon: Daemon) -> None:
     (dirs.tasks / "20260101t000000-nothing000").mkdir()
     (dirs.tasks / "20260101t000000-foreign000" / "deep").mkdir(parents=True)
     (dirs.tasks / "20260101t000000-fileonly00").write_text("a file")
+    for home in (dirs.tasks, dirs.archive / "2026-01"):
+        (home / "20260101t000000-twice00000").mkdir(parents=True)
+        (home / "20260101t000000-twice00000" / "status.json").write_text("{}")
     dirs.checkpoint.write_bytes(b'{"format": 1, "offset": "nine"}')
     dirs.heartbeat.write_bytes(b"\xff" * 100_000)
     (dirs.run / "workers" / "junk.lock").write_text("junk")
@@ -461,6 +485,7 @@ def test_damage_of_every_kind_harms_only_what_it_touches(
     assert re.search(rf"task\.unknown task={ids['unknown']}", log)
     assert re.search(r"not\.ours path=\S*/stray\.txt", log)
     assert re.search(r"not\.ours path=\S*/strange", log)
+    assert re.search(r"not\.tidied path=\S*-twice00000 why=.*not empty", log)
     assert "ledger.torn" in log
     assert "session.damaged" in daemon.log.read_text()
     assert (dirs.tasks / "stray.txt").exists()

@@ -34,10 +34,24 @@ def dirs(tmp_path: Path) -> Directories:
     return found
 
 
+HEAD = """
+import os, sys
+from dataclasses import fields, replace
+from pathlib import Path
+from codexd import config, durable, spool
+
+def directories():
+    # From inside: who is nobody may not come here from the root.
+    os.chdir(sys.argv[1])
+    found = config.Directories.below(Path("."))
+    paths = {f.name: getattr(found, f.name) for f in fields(found) if f.type == "Path"}
+    return replace(found, **{k: Path(os.path.relpath(v)) for k, v in paths.items()})
+"""
+
+
 def run(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
     """A program of its own, with the package imported, whose last word is on stdout."""
-    head = "import os, sys; from pathlib import Path; from codexd import config, durable, spool\n"
-    command = [sys.executable, "-c", head + code, *map(str, args)]
+    command = [sys.executable, "-c", HEAD + code, *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
@@ -268,8 +282,10 @@ def link(path: Path) -> None:
 
 
 def unix_socket(path: Path) -> None:
+    place = os.open(path.parent, os.O_PATH)
     with socket.socket(socket.AF_UNIX) as it:
-        it.bind(os.path.relpath(path))
+        it.bind(f"/proc/self/fd/{place}/{path.name}")  # a socket's own path has to be short
+    os.close(place)
 
 
 KINDS: dict[str, Callable[[Path], object]] = {
@@ -612,30 +628,31 @@ def test_a_taken_file_without_its_record_is_still_somebody_s_task(
 
 def test_killed_while_claiming_nothing_is_lost(dirs: Directories) -> None:
     code = (
-        "dirs = config.Directories.below(Path(sys.argv[1]))\n"
+        "dirs = directories()\n"
         "print(flush=True)\n"
         "while True:\n"
         "    found = spool.scan(dirs.inbox)[0][:3]\n"
         "    spool.claim(dirs, [(spool.new_id(), n) for n in found])"
     )
-    head = "import sys; from pathlib import Path; from codexd import config, spool\n"
     dropped = {f"{n}.md" for n in range(600)}
     for name in dropped:
         (dirs.inbox / name).write_text(name)
-    for _ in range(6):
-        command = [sys.executable, "-c", head + code, str(dirs.inbox.parent)]
+    left, kills, cut = sorted(dropped), 0, 0
+    while left and (kills < 5 or not cut):
+        command = [sys.executable, "-c", HEAD + code, str(dirs.inbox.parent)]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as daemon:
             assert daemon.stdout
             daemon.stdout.readline()
-            time.sleep(random.uniform(0.005, 0.03))
+            time.sleep(random.uniform(0.005, 0.05))
             daemon.send_signal(signal.SIGKILL)
+        kills += 1
         left, taken = spool.scan(dirs.inbox)
+        cut = len(taken)
         known = {spool.dropped_name(dirs, id): id for id in taken}
         assert set(left) | known.keys() == dropped
         assert len(left) + len(taken) == len(dropped)
         for name, id in known.items():
             assert spool.contents(dirs, id, 100) == name.encode()
-    assert taken, "it never got to work"
 
 
 # --- reading ----------------------------------------------------------------------
@@ -698,11 +715,10 @@ def test_a_bad_file_harms_only_itself(dirs: Directories, kind: str) -> None:
 @NEEDS_ROOT
 def test_an_unreadable_file_s_reason_says_what_to_do(dirs: Directories) -> None:
     (dirs.inbox / (TAKE + ID)).touch(0o600)
-    for place in (dirs.inbox.parent, dirs.inbox, *dirs.inbox.parents[:3]):
-        place.chmod(place.stat().st_mode | 0o755)
+    for place in (dirs.inbox.parent, dirs.inbox):
+        place.chmod(0o755)
     code = (
-        "dirs = config.Directories.below(Path(sys.argv[1]))\n"
-        f"{BECOME_NOBODY}\n"
+        f"dirs = directories(); {BECOME_NOBODY}\n"
         "try: spool.contents(dirs, sys.argv[2], 100)\n"
         "except spool.Unreadable as error: print(error)"
     )
@@ -713,8 +729,7 @@ def test_an_unreadable_file_s_reason_says_what_to_do(dirs: Directories) -> None:
 def test_what_is_no_fault_of_the_file_is_no_reason_to_reject_it(dirs: Directories) -> None:
     (dirs.inbox / (TAKE + ID)).write_text("fine")
     code = (
-        "import resource\n"
-        "dirs = config.Directories.below(Path(sys.argv[1]))\n"
+        "import resource; dirs = directories()\n"
         "count = len(os.listdir('/proc/self/fd')) - 1\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))\n"
         "try: spool.contents(dirs, sys.argv[2], 100)\n"
@@ -795,10 +810,7 @@ def test_somebody_else_s_directory_harms_only_itself(tmp_path: Path) -> None:
     """It may get another name, but only its owner may move it elsewhere."""
     tmp_path.chmod(0o777)
     code = """
-os.chdir(sys.argv[1])
-dirs = config.Directories.below(Path('.'))
-dirs = type(dirs)(**{f: Path(os.path.relpath(v)) if isinstance(v, Path) else v
-                     for f in dirs.__slots__ for v in [getattr(dirs, f)]})
+dirs = directories()
 os.umask(0)
 dirs.inbox.mkdir(0o777)
 (dirs.inbox / 'd.md').mkdir(0o755)

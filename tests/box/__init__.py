@@ -118,16 +118,15 @@ class Box:
     def wait_running(self, timeout: float = 30) -> str:
         """Wait for the end of the boot: "running", or "degraded" where a unit failed."""
         end = time.monotonic() + timeout
-        said = ""
-        while time.monotonic() < end and not self._speaks(0):
+        while (left := end - time.monotonic()) > 0 and not self._speaks(0):
             # It fails until there is a PID 1 that listens; from then on it waits by itself.
-            done = self.run("systemctl", "is-system-running", "--wait", check=False)
-            said = done.stdout + done.stderr
-            if (state := done.stdout.strip()) in ("running", "degraded"):
+            ask = ("timeout", f"{left}", "systemctl", "is-system-running", "--wait")
+            state = self.run(*ask, check=False, timeout=left + 5).stdout.strip()
+            if state in ("running", "degraded"):
                 return state
             time.sleep(0.02)
-        jobs = self.run("systemctl", "list-jobs", check=False)
-        said += jobs.stdout + jobs.stderr + self.console()
+        jobs = self.run("timeout", "5", "systemctl", "list-jobs", check=False)
+        said = jobs.stdout + jobs.stderr + self.console()
         raise BoxError(f"{self.name} does not come up: {said}")
 
     def poweroff(self) -> None:
@@ -200,7 +199,7 @@ class Box:
         """What systemd tells of a unit: everything, or the properties named."""
         options = [f"--property={name}" for name in properties]
         lines = self.run("systemctl", "show", *options, "--", unit).stdout.splitlines()
-        return dict(line.split("=", 1) for line in lines)
+        return dict(line.split("=", 1) for line in lines if "=" in line)
 
     def journal(self, *matches: str) -> list[dict[str, Any]]:
         """The journal of all boots, oldest entry first; `matches` as journalctl takes them."""

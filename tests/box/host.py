@@ -13,6 +13,8 @@ import os
 import signal
 import subprocess
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -95,46 +97,71 @@ def _refusal() -> str | None:
 # --- the records --------------------------------------------------------------------------
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Nobody else makes or removes a record meanwhile."""
+    PLACES.mkdir(mode=0o700, exist_ok=True)
+    all_records = os.open(PLACES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(all_records, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(all_records)
+
+
 def record(place: Path) -> list[str]:
     """Make the directory of a new box; the cgroups that it will have."""
-    place.mkdir(parents=True)
     cgroups = [str(own / place.name) for own in hierarchies().values()]
-    (place / "cgroups").write_text("".join(f"{path}\n" for path in cgroups))
+    with _alone():
+        place.mkdir()
+        (place / "cgroups").write_text("".join(f"{path}\n" for path in cgroups))
+        (place / "lock").touch()
     return cgroups
 
 
-def sweep() -> list[str]:
-    """Remove what dead boxes left, which is little: see the keeper; their names."""
-    return [place.name for place in sorted(PLACES.glob(f"{PREFIX}*")) if _sweep(place)]
-
-
-def _sweep(place: Path) -> bool:
-    owner = place.name.removeprefix(PREFIX).split("-")[0]
-    if Path("/proc", owner).exists():
-        return False
-    lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def hold(place: Path) -> int:
+    """Lock the record for as long as this process lives.  Raises BlockingIOError."""
+    lock = os.open(place / "lock", os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False  # its keeper lives, and removes it
-    else:
-        _remove(place)
-        return True
-    finally:
         os.close(lock)
-
-
-def _remove(place: Path) -> None:
-    cgroups = Cgroups((place / "cgroups").read_text().splitlines())
-    for folder in cgroups.folders():
-        for pid in (folder / "cgroup.procs").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
-    cgroups.remove()
-    forget(place)
+        raise
+    return lock
 
 
 def forget(place: Path) -> None:
-    """Remove a box's directory: by name, for nothing must ever be deleted below a mount."""
+    with _alone():
+        _remove(place)
+
+
+def sweep() -> None:
+    """Remove what dead boxes left, which is little: see the keeper."""
+    with _alone():
+        for place in PLACES.glob(f"{PREFIX}*"):
+            owner = place.name.removeprefix(PREFIX).split("-")[0]
+            if not Path("/proc", owner).exists():
+                _sweep(place)
+
+
+def _sweep(place: Path) -> None:
+    (place / "lock").touch()  # whoever made the record may have been killed in the middle
+    try:
+        lock = hold(place)
+    except BlockingIOError:
+        return  # its keeper lives, and removes it
+    if (place / "cgroups").exists():
+        cgroups = Cgroups((place / "cgroups").read_text().splitlines())
+        for folder in cgroups.folders():
+            for pid in (folder / "cgroup.procs").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+        cgroups.remove()
+    _remove(place)
+    os.close(lock)
+
+
+def _remove(place: Path) -> None:
+    """By name: nothing must ever be deleted below what may be a mount."""
     if (place / "state").exists():
         (place / "state").rmdir()
     for name in ("console.log", "cgroups", "lock"):

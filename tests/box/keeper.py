@@ -19,7 +19,6 @@ May fail: OSError with the step that failed, on stderr, which is the box's conso
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import select
@@ -31,7 +30,7 @@ from typing import Any
 
 from tests.box import kernel
 from tests.box.cgroups import Cgroups
-from tests.box.host import forget
+from tests.box.host import forget, hold
 from tests.box.kernel import NEWCGROUP, NEWIPC, NEWNET, NEWNS, NEWPID, NEWUTS
 from tests.box.root import Root, in_child
 
@@ -142,9 +141,7 @@ class Keeper:
 
 def main() -> None:
     plan = json.loads(sys.argv[1])
-    # Held for life: whoever finds it free knows that the box is dead.
-    lock = os.open(f"{plan['place']}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    hold(Path(plan["place"]))
     os.umask(0o022)
     kernel.unshare(NEWNS)
     Keeper(plan).run()

@@ -41,8 +41,8 @@ MASKED = (
     "ldconfig.service", "modprobe@.service", "proc-sys-fs-binfmt_misc.automount",
     "sys-fs-fuse-connections.mount", "sys-kernel-config.mount", "sys-kernel-debug.mount",
     "sys-kernel-tracing.mount", "systemd-binfmt.service", "systemd-hwdb-update.service",
-    "systemd-journald-audit.socket",
-    "systemd-journal-catalog-update.service", "systemd-modules-load.service",
+    "systemd-journal-catalog-update.service", "systemd-journald-audit.socket",
+    "systemd-modules-load.service",
     "systemd-sysctl.service", "systemd-udevd.service", "systemd-update-utmp.service",
 )  # fmt: skip
 GENERATORS = ("/lib/systemd/system-generators/*", "/usr/local/lib/systemd/system-generators/*")

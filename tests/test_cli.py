@@ -1,0 +1,740 @@
+"""The command as people and scripts use it: every verb, to the byte and the exit status.
+
+One daemon on the fake Codex serves most tests; what Codex answers is set for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codexd import __version__, cli
+from codexd.model import State
+from tests.daemon import PYTHON, Daemon, until
+from tests.scripted_cases import CaseModel
+
+FAKE = Path(__file__).parent / "bin" / "codex"
+CONFIG = f"""\
+workers: 8
+codex:
+  bin: {FAKE}
+retry:
+  base: 1s
+http:
+  listen: off
+"""
+ID = r"[0-9]{8}t[0-9]{6}-[0-9a-z]{10}"
+NOBODY = "20260102t030405-nobody0000"
+POWERLESS = ["setpriv", "--bounding-set=-all"] if os.geteuid() == 0 else []
+
+
+class Root(Daemon):
+    """A daemon on the fake Codex, and the command on its root."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, config=CONFIG)
+        self.behave()
+
+    def behave(self, **settings: object) -> None:
+        path = self.dirs.codex_home / "fake.json"
+        path.write_text(json.dumps({"answer": "fine", **settings}))
+
+    def command(self, *args: str) -> list[str]:
+        return [PYTHON, "-m", "codexd.cli", "--root", str(self.root), *args]
+
+    def json(self, *args: str) -> Any:
+        """What a verb prints with --json, which stands first, as `--` may be among the rest."""
+        done = self.run("--json", *args)
+        assert done.stdout, done.stderr
+        return json.loads(done.stdout)
+
+    def raw(self, *args: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        """The command, by bytes."""
+        return subprocess.run(
+            self.command(*args), env=self.env, input=stdin, capture_output=True, timeout=60
+        )
+
+    def submit(self, text: str = "x", **keys: object) -> str:
+        """Submit a task and return its id."""
+        file = self.root / "task.json"
+        file.write_text(json.dumps({"prompt": text, **keys}))
+        done = self.run("task", "submit", str(file))
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def task(self, id: str) -> dict[str, Any]:
+        return dict(self.json("task", "show", id))
+
+    def reaches(self, id: str, state: str) -> dict[str, Any]:
+        until(lambda: self.task(id)["state"] == state, f"{id} {state}")
+        return self.task(id)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Root]:
+    with Root(tmp_path_factory.mktemp("cli") / "root") as one:
+        yield one
+
+
+@pytest.fixture
+def root(shared: Root) -> Root:
+    shared.behave()
+    return shared
+
+
+# --- ask ------------------------------------------------------------------------------------
+
+BIG = "".join(f"line {number} of a long answer ☃\r\n" for number in range(60_000))
+ANSWERS = {
+    "word": "yes",
+    "lines": "one\ntwo\n\nfour",
+    "newline": "one\n",
+    "newlines": "one\n\n\n",
+    "leading": "\n\n  one",
+    "spaces": "  one  ",
+    "returns": "one\r\ntwo\r\n",
+    "unicode": "日本語 🎉 é \u00a0 \u202e العربية",
+    "escapes": "\x1b]0;title\x07 \x1b[31mred\x1b[0m \x9b31m \x00 \x7f \x08",
+    "markdown": "---\nid: none\n---\n\n# Title\n",
+    "2 MB": BIG,
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_ask_prints_the_answer_and_one_newline(root: Root, case: str) -> None:
+    answer = ANSWERS[case]
+    root.behave(answer=answer)
+    done = root.raw("ask", "Say something.")
+    assert done.returncode == 0
+    assert done.stdout == answer.rstrip("\n").encode() + b"\n"
+    progress = done.stderr.decode().splitlines()
+    assert re.fullmatch(f"codexd: task {ID}", progress[0])
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d task {ID} done", progress[-1])
+    assert all(re.match(rf"\d\d:\d\d:\d\d task {ID} ", line) for line in progress[1:])
+
+
+@pytest.mark.parametrize(
+    "text", ["--help", "-", "- a list", "-o x=y", "$(id) `id` \\ ' \"", "one\n\ntwo\n", "日本"]
+)
+def test_ask_takes_any_text(root: Root, tmp_path: Path, text: str) -> None:
+    root.behave(dump=str(tmp_path / "dump"))
+    given = ["ask", "--", text] if text != "-" else ["ask", "-"]
+    assert root.raw(*given, stdin=b"- from standard input\n").returncode == 0
+    prompt = json.loads((tmp_path / "dump").read_text())["stdin"]
+    wanted = "- from standard input" if text == "-" else text.rstrip()
+    assert prompt.rstrip().endswith(f"\n{wanted}")
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "the file is empty"),
+        (b" \n", "the file is blank"),
+        (b"caf\xe9", "line 1: not UTF-8 (byte 0xe9); save the file as UTF-8"),
+        (b"a\nb\0", "line 2: a NUL byte; a task file is UTF-8 text"),
+    ],
+)
+def test_ask_refuses_what_is_no_text(root: Root, data: bytes, why: str) -> None:
+    before = root.tasks()
+    done = root.raw("ask", "-", stdin=data)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode() == f"codexd: standard input: {why}. Nothing was submitted\n"
+    assert root.tasks() == before
+
+
+def test_ask_with_options(root: Root, tmp_path: Path) -> None:
+    root.behave(dump=str(tmp_path / "dump"))
+    (root.dirs.work / "sub").mkdir()
+    for image in ("a.png", "b.png"):
+        (root.dirs.work / "sub" / image).touch()
+    done = root.json(
+        "ask", "-s", "web/site", "-C", str(root.dirs.work / "sub"), "-o", "priority=9",
+        "-o", "title=A: title", "--option", "images=a.png,b.png", "-o", "sandbox=read-only",
+        "-o", "model=gpt-5", "--timeout", "1m", "Go.",
+    )  # fmt: skip
+    assert done["state"] == "done"
+    assert done["answer"] == "fine"
+    assert (done["session"], done["priority"], done["title"]) == ("web/site", 9, "A: title")
+    assert done["workdir"] == str(root.dirs.work / "sub")
+    argv = json.loads((tmp_path / "dump").read_text())["argv"]
+    assert [argv[at + 1] for at, word in enumerate(argv) if word in ("-s", "-m")] == [
+        "read-only", "gpt-5",
+    ]  # fmt: skip
+    assert argv.count("-i") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["-o", "priority"], "-o priority: it must be KEY=VALUE, and no prompt"),
+        (["-o", "prompt=x"], "-o prompt=x: it must be KEY=VALUE, and no prompt"),
+        (["-o", "sesion=x"], "sesion: unknown key (did you mean session?); allowed: "),
+        (["-o", "priority=10"], "priority: found '10'; allowed: a whole number from 0 to 9"),
+        (["-o", "after=1"], "after: this version of codexd does not have this key"),
+        (["-s", "a\nb"], "session: found 'a\\nb'; allowed: 1 to 200 printable characters"),
+        (["-s", ""], "session: found ''; allowed: 1 to 200 printable characters"),
+        (["--timeout", "soon"], "--timeout soon: it must be a duration from 1s to 24h, such as"),
+    ],
+)
+def test_ask_with_options_that_are_wrong(root: Root, options: list[str], why: str) -> None:
+    before = root.tasks()
+    done = root.run("ask", *options, "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"codexd: {why}")
+    assert len(done.stderr.splitlines()) == 1
+    assert root.tasks() == before
+
+
+def test_ask_tells_of_a_failure(root: Root) -> None:
+    root.behave(mode="no-terminal")
+    done = root.run("ask", "-o", "attempts=1", "x")
+    assert (done.returncode, done.stdout) == (1, "")
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(rf"codexd: task {ID} failed \(\S+\): \S.*", last)
+
+
+def test_ask_tells_why_it_was_rejected(root: Root) -> None:
+    done = root.run("ask", "-C", "/etc", "x")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"codexd: rejected: workdir /etc is not below a configured root ({root.dirs.work}); "
+        f"see workdirs in {root.root}/codexd.yaml\n"
+    )
+
+
+def test_ask_gives_up_waiting_but_not_the_task(root: Root) -> None:
+    root.behave(delay=3)
+    done = root.run("ask", "--timeout", "1s", "x")
+    assert (done.returncode, done.stdout) == (75, "")
+    id = re.findall(ID, done.stderr)[0]
+    assert done.stderr.splitlines()[-1].startswith(f"codexd: task {id} running")
+    assert root.reaches(id, "done")["attempts"] == 1
+
+
+def test_ask_again_with_a_key_gets_the_first_answer(root: Root) -> None:
+    first = root.json("ask", "-o", "key=once", "x")
+    assert root.json("ask", "-o", "key=once", "x")["id"] == first["id"]
+    done = root.run("ask", "-o", "key=once", "y")
+    assert done.returncode == 1
+    assert f"key 'once' was used by task {first['id']} with other content" in done.stderr
+
+
+# --- when no daemon serves ------------------------------------------------------------------
+
+
+def test_without_a_daemon(tmp_path: Path) -> None:
+    root = Root(tmp_path / "root")
+    text = (
+        f"codexd: codexd is not serving {root.root}: start it with `codexd serve` or "
+        "`systemctl start codexd`. Nothing was submitted\n"
+    )
+    done = root.run("ask", "x")
+    assert (done.returncode, done.stdout, done.stderr) == (69, "", text)
+    for verb in (["task", "submit", str(root.root / "codexd.yaml")], ["task", "list"]):
+        assert root.run(*verb).returncode in (1, 69)
+    done = root.run("hold")
+    assert done.returncode == 69
+    assert done.stderr == f"codexd: there is no inbox {root.dirs.inbox}: was codexd started here?\n"
+
+    with root:
+        root.submit()
+        for end in (root.stop, root.kill):  # of the killed one the heartbeat is fresh
+            end()
+            done = root.run("ask", "x")
+            assert (done.returncode, done.stdout, done.stderr) == (69, "", text)
+            assert not list(root.dirs.inbox.iterdir())
+            assert root.run("status").stdout.startswith("codexd: the master is not running\n")
+            assert root.run("status").returncode == 69
+            root.start()
+        root.stop()
+
+        (tmp_path / "later.md").write_text("Do it later.")
+        done = root.run("task", "submit", str(tmp_path / "later.md"))
+        assert (done.returncode, len(done.stdout)) == (0, 27)
+        assert done.stderr == "codexd: not serving now; the tasks wait in the inbox\n"
+        id = done.stdout.strip()
+        waiting = root.task(id)
+        assert (waiting["state"], waiting["title"]) == ("queued", "later.md")
+        assert root.run("task", "hold", id).returncode == 0
+        root.start()
+        assert root.reaches(id, "waiting")["reason"] == "hold"
+        assert root.run("task", "release", id).returncode == 0
+        assert root.run("task", "wait", id).returncode == 0
+
+
+# --- submitting -----------------------------------------------------------------------------
+
+
+def test_submit_prints_the_ids_in_order(root: Root, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("b.md", "a.txt", "c.yaml", "d.json")]
+    texts = ["---\npriority: 7\n---\nx", "---\nplain", "prompt: x\ntitle: C", '{"prompt": "x"}']
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text)
+    done = root.raw("task", "submit", *map(str, files), "-", stdin=b"---\ntitle: E\n---\nx\n")
+    assert done.returncode == 0
+    ids = done.stdout.decode().splitlines()
+    tasks = [root.task(id) for id in ids]
+    assert [t["title"] for t in tasks] == ["b.md", "a.txt", "C", "d.json", "E"]
+    assert tasks[0]["priority"] == 7
+    found = root.json("task", "submit", str(files[0]), str(files[1]))
+    assert len(found) == 2
+    assert root.run("task", "wait", *ids, *found).returncode == 0
+
+
+def test_submit_checks_all_before_it_submits_any(root: Root, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.md", tmp_path / "bad.md"
+    good.write_text("x")
+    bad.write_text("---\nsesion: x\n---\nx")
+    before = root.tasks()
+    for name, why in (
+        (str(bad), "line 2: sesion: unknown key (did you mean session?)"),
+        (str(tmp_path / "none.md"), "No such file or directory"),
+        (str(tmp_path), "Is a directory"),
+    ):
+        done = root.run("task", "submit", str(good), name)
+        assert (done.returncode, done.stdout) == (1, "[]\n"[:0])
+        assert done.stderr.startswith(f"codexd: {name}: {why}")
+        assert done.stderr.endswith(". Nothing was submitted\n")
+    assert root.tasks() == before
+
+
+def test_submit_tells_what_was_rejected_and_what_was_not(root: Root, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.md", tmp_path / "bad.md"
+    good.write_text("x")
+    bad.write_text("---\nworkdir: /etc\n---\nx")
+    done = root.run("task", "submit", str(bad), str(good))
+    assert done.returncode == 1
+    (id,) = done.stdout.splitlines()
+    assert root.reaches(id, "done")["title"] == "good.md"
+    assert done.stderr.startswith(f"codexd: {bad}: rejected: workdir /etc is not below a conf")
+    rejected = re.findall(ID, " ".join(p.name for p in root.dirs.rejected.iterdir()))
+    done = root.run("task", "show", rejected[0])
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"codexd: {rejected[0]} was rejected: workdir /etc")
+
+
+# --- one task and many ----------------------------------------------------------------------
+
+
+def test_wait(root: Root) -> None:
+    root.behave(delay=2)
+    ids = [root.submit(), root.submit()]
+    begun = time.monotonic()
+    done = root.run("task", "wait", "--timeout", "1s", *ids)
+    assert done.returncode == 75
+    assert 1 <= time.monotonic() - begun < 2.5
+    assert done.stdout.splitlines()[0].split() == [
+        "ID", "STATE", "OUTCOME", "SESSION", "CREATED", "WHAT",
+    ]  # fmt: skip
+    assert root.run("task", "wait", *ids).returncode == 0
+    assert [t["state"] for t in root.json("task", "wait", *ids)] == ["done", "done"]
+    root.behave(mode="no-terminal")
+    assert root.run("task", "wait", ids[0], root.submit(attempts=1)).returncode == 1
+    assert root.run("task", "wait", "--timeout", "x", ids[0]).returncode == 2
+    done = root.run("task", "wait", ids[0], NOBODY)
+    assert (done.returncode, done.stderr) == (66, f"codexd: there is no task {NOBODY}\n")
+
+
+def test_follow(root: Root) -> None:
+    root.behave(delay=1.5)
+    id = root.submit()
+    done = root.run("task", "follow", "--timeout", "1s", id)
+    assert done.returncode == 75
+    assert f"task {id} running" in done.stdout
+    done = root.run("task", "follow", id)
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert all(re.match(rf"\d\d:\d\d:\d\d task {id} ", line) for line in lines)
+    assert lines[-1].endswith(f"task {id} done")
+    assert root.run("task", "follow", NOBODY).returncode == 66
+
+
+def test_show_for_people(root: Root) -> None:
+    root.behave(answer="An answer\nof two lines")
+    id = root.submit("x", session="show", title="A title")
+    root.reaches(id, "done")
+    done = root.run("task", "show", id)
+    assert done.returncode == 0
+    facts, _, answer = done.stdout.partition("\n\n")
+    assert answer == "An answer\nof two lines\n"
+    told = dict(re.split(r": +", line, maxsplit=1) for line in facts.splitlines())
+    assert (told["id"], told["state"], told["session"]) == (id, "done", "show")
+    assert "input_tokens=100" in told["usage"]
+    assert os.path.exists(told["answer_file"])
+    for wrong in (NOBODY, "web", "../../etc/passwd", ""):
+        done = root.run("task", "show", wrong)
+        assert (done.returncode, done.stderr) == (66, f"codexd: there is no task {wrong}\n")
+
+
+def test_list(root: Root) -> None:
+    ids = [root.submit(session="listed") for _ in range(3)]
+    root.run("task", "wait", *ids)
+    found = root.json("task", "list", "--session", "listed")
+    assert [t["id"] for t in found] == ids
+    assert all("answer" not in t for t in found)
+    assert {*found[0], "answer"} == root.task(ids[0]).keys()
+    assert root.json("task", "list", "--state", "failed", "--session", "listed") == []
+    lines = root.run("task", "list", "--state", "done", "--session", "listed").stdout.splitlines()
+    assert [line.split()[:4] for line in lines[1:]] == [[id, "done", "done", "listed"] for id in ids]
+    done = root.run("task", "list", "--state", "lost")
+    assert done.returncode == 2
+    assert all(state in done.stderr for state in State)
+
+
+def test_cancel_hold_release_retry(root: Root) -> None:
+    assert root.run("hold").returncode == 0
+    until(lambda: root.json("status")["status"] == "hold", "the gate to close")
+    status = root.run("status")
+    assert status.returncode == 69
+    assert status.stdout.startswith(
+        "codexd: hold: held by hand; `codexd release` lets work go on\nversion "
+    )
+    held, queued, behind = (root.submit(session="one") for _ in range(3))
+    assert root.run("task", "hold", held, behind).returncode == 0
+    assert root.reaches(held, "waiting")["reason"] == "hold"
+    root.reaches(behind, "waiting")
+    assert root.run("task", "cancel", queued).returncode == 0
+    cancelled = root.reaches(queued, "cancelled")
+    assert (cancelled["outcome"], cancelled["attempts"]) == ("cancelled", 0)
+    assert Path(cancelled["answer_file"]).exists()
+    assert root.run("task", "wait", queued).returncode == 1
+
+    assert root.run("release").returncode == 0
+    until(lambda: root.json("status")["status"] == "ok", "the gate to open")
+    assert root.task(held)["state"] == "waiting"
+    assert root.run("task", "release", held, behind).returncode == 0
+    assert root.run("task", "wait", held, behind).returncode == 0
+
+    assert root.run("task", "retry", queued).returncode == 0
+    again = until(
+        lambda: [t for t in root.json("task", "list") if t["retry_of"] == queued], "the retry"
+    )
+    assert root.reaches(again[0]["id"], "done")["session"] == "one"
+
+
+def test_cancel_a_running_task(root: Root) -> None:
+    root.behave(mode="hang-turn")
+    id = root.submit()
+    root.reaches(id, "running")
+    done = root.run("task", "retry", id)
+    assert done.returncode == 1
+    assert done.stderr == f"codexd: task {id} has not ended; cancel it first, or wait\n"
+    assert root.run("task", "cancel", id).returncode == 0
+    assert root.reaches(id, "cancelled")["message"] == "cancelled on request"
+    for verb in ("cancel", "retry", "hold", "release"):
+        done = root.run("task", verb, id, NOBODY)
+        assert (done.returncode, done.stderr) == (66, f"codexd: there is no task {NOBODY}\n")
+    assert not [t for t in root.tasks() if t["retry_of"] == id]
+
+
+# --- sessions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["web", "a/b", "a_b", "../..", ".hidden", "50%", "%41", "ü ñ 日本", "a b", "all", "-s", "x.md"]
+    + ["n" * 200, "20260102t030405-nobody0000"],
+)
+def test_a_session_of_any_name(root: Root, name: str) -> None:
+    first = root.json("ask", f"--session={name}", "x")
+    found = root.json("session", "show", "--", name)
+    assert (found["name"], found["thread"], found["tasks"]) == (name, first["thread"], 1)
+    assert Path(found["transcript"]).exists()
+    assert name in [s["name"] for s in root.json("session", "list")]
+    assert root.run("session", "reset", "--", name).returncode == 0
+    until(lambda: not root.json("session", "show", "--", name)["thread"], f"{name} reset")
+    second = root.json("ask", f"--session={name}", "x")
+    assert second["thread"] != first["thread"]
+    assert root.json("session", "show", "--", name)["usage"]["input_tokens"] == 200
+    assert not list(root.dirs.inbox.iterdir())
+
+
+def test_a_session_whose_name_is_too_long_for_a_control_file(root: Root) -> None:
+    name = "日" * 200
+    root.json("ask", "-s", name, "x")
+    done = root.run("session", "reset", name)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"codexd: session {name}: its name is too long for a control file; "
+        "say `resume: never` in its next task\n"
+    )
+
+
+def test_sessions_for_people(root: Root) -> None:
+    root.json("ask", "-s", "people", "x")
+    lines = root.run("session", "list").stdout.splitlines()
+    assert lines[0].split() == ["SESSION", "THREAD", "TASKS", "UPDATED"]
+    assert any(re.match(r"people  +[0-9a-f-]{36}  1 ", line) for line in lines)
+    shown = root.run("session", "show", "people").stdout
+    assert re.search(r"^name: +people\nthread: +[0-9a-f-]{36}$", shown, re.MULTILINE)
+    assert "input_tokens=100" in shown
+    for verb in ("show", "reset"):
+        done = root.run("session", verb, "nobody")
+        assert (done.returncode, done.stderr) == (66, "codexd: there is no session nobody\n")
+
+
+# --- status, check, memory ------------------------------------------------------------------
+
+
+def test_status(root: Root) -> None:
+    root.behave(mode="no-terminal")
+    failed = root.submit("x", attempts=1, title="It fails")
+    root.reaches(failed, "failed")
+    root.behave(mode="hang-turn")
+    running = root.submit("x", session="status", title="It runs")
+    root.reaches(running, "running")
+    behind = root.submit("x", session="status", title="It waits its turn")
+    until(lambda: root.json("status")["queued"] == 1, "a queued task")
+    done = root.run("status")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert lines[0] == "codexd: all is well"
+    assert lines[1] == (
+        f"version {__version__}, codex 0.163.0, workers by process, inbox by inotify"
+    )
+    assert lines[lines.index("running: 1") + 1] == f"  task {running} running  It runs"
+    assert lines[lines.index("queued: 1") + 1] == f"  task {behind} queued  It waits its turn"
+    assert any(line.startswith(f"  task {failed} failed (") for line in lines)
+    assert re.search(r"^today \(UTC\), .* [1-9]\d* done, [1-9]\d* failed, ", done.stdout, re.M)
+    assert lines[-1] == f"state: {root.root}   inbox: {root.dirs.inbox} (0 files)"
+    health = root.json("status")
+    assert (health["status"], health["running"], health["gate"]) == ("ok", 1, {})
+    assert root.run("task", "cancel", running, behind).returncode == 0
+    root.reaches(behind, "cancelled")
+    root.reaches(running, "cancelled")
+
+
+def test_check(root: Root, tmp_path: Path) -> None:
+    files = {
+        "good.md": ("---\nsession: x\n---\nx", ": ok"),
+        "bad.md": ("---\nsesion: x\n---\nx", ":2: sesion: unknown key (did you mean session?)"),
+        "empty.txt": ("", ": the file is empty"),
+        "codexd.yaml": ("\nworkers: x\n", ":2: workers: found 'x'; allowed: a whole number"),
+    }
+    for name, (text, _) in files.items():
+        (tmp_path / name).write_text(text)
+    names = [str(tmp_path / name) for name in files]
+    done = root.run("check", *names, str(tmp_path / "none.md"))
+    assert (done.returncode, done.stderr) == (1, "")
+    lines = done.stdout.splitlines()
+    wanted = [tmp_path / name for name in files]
+    for line, path, (_, told) in zip(lines, wanted, files.values(), strict=False):
+        assert line.startswith(f"{path}{told}")
+    assert lines[-1] == f"{tmp_path}/none.md: No such file or directory"
+    done = root.run("check", names[0], str(root.root / "codexd.yaml"))
+    assert done.returncode == 0
+    assert done.stdout == f"{names[0]}: ok\n{root.root}/codexd.yaml: ok\n"
+
+
+def test_memory(root: Root) -> None:
+    notes = root.dirs.work / "MEMORY.md"
+    notes.write_text("# Deploying\n\nThe staging server is called pelican.\n\n# Lunch\n\nNoon.\n")
+    try:
+        (hit,) = root.json("memory", "Which", "staging", "server?")
+        assert "pelican" in hit["text"]
+        done = root.run("memory", "--explain", "-", stdin="the staging server\n")
+        assert done.returncode == 0
+        assert re.match(r"MEMORY\.md:\d\n  score [0-9.]+; terms: ", done.stdout)
+        assert "pelican" in done.stdout
+        assert re.match(r"1 excerpts by (rg|grep|python) in \d+ ms", done.stderr)
+        assert root.raw("memory", "-", stdin=b"\xff\xfe pelican").returncode == 0
+        assert root.json("memory", "nothing", "whatsoever") == []
+    finally:
+        notes.unlink()
+
+
+# --- statuses, options, streams -----------------------------------------------------------------
+
+
+def test_each_exit_status(root: Root, tmp_path: Path) -> None:
+    """0 and 1 by ask, above; here those that come before anything is done."""
+    assert root.run("task").returncode == 2
+    assert root.run("frobnicate").returncode == 2
+    assert root.run("ask").returncode == 2
+    assert root.run("task", "show", NOBODY).returncode == 66
+    assert root.run("--root", str(tmp_path / "none"), "task", "list").returncode == 69
+    assert root.run("--config", str(tmp_path / "none.yaml"), "memory", "x").returncode == 78
+    assert root.run("--root", str(root.log), "status").returncode == 78
+    root.behave(delay=2)
+    assert root.run("task", "wait", root.submit(), "--timeout", "1").returncode == 75
+
+
+def test_without_permission(tmp_path: Path) -> None:
+    with Root(tmp_path / "root") as root:
+        id = root.submit()
+        root.reaches(id, "done")
+        root.dirs.inbox.chmod(0o550)
+        root.dirs.ledger.chmod(0)
+        refused = f"codexd: {root.dirs.inbox}: you may not put files there; those of its group may\n"
+        unread = f"codexd: {root.dirs.ledger}: Permission denied\n"
+        for args, said in (
+            (["ask", "x"], refused),
+            (["hold"], refused),
+            (["task", "submit", str(root.root / "task.json")], refused),
+            (["task", "list"], unread),
+            (["status"], unread),
+        ):
+            done = subprocess.run(
+                [*POWERLESS, *root.command(*args)], env=root.env, capture_output=True, text=True
+            )
+            assert (done.returncode, done.stdout, done.stderr) == (77, "", said), args
+        root.dirs.inbox.chmod(0o770)
+        assert not list(root.dirs.inbox.iterdir())
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["--root", "ROOT", "--json", "task", "list"],
+        ["task", "--root", "ROOT", "list", "--json"],
+        ["task", "list", "--json", "--root", "ROOT"],
+        ["--root", "/nonexistent", "task", "list", "--json", "--root=ROOT"],
+    ],
+)
+def test_shared_options_before_and_after_the_verb(root: Root, order: list[str]) -> None:
+    root.submit()
+    args = [word.replace("ROOT", str(root.root)) for word in order]
+    done = subprocess.run(
+        [PYTHON, "-m", "codexd.cli", *args], env=root.env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+
+
+def test_help_and_version(root: Root) -> None:
+    assert root.run("--version").stdout == f"codexd {__version__}\n"
+    for words in (["--help"], ["ask", "--help"], ["task", "--help"], ["task", "wait", "--help"]):
+        done = root.run(*words)
+        assert done.returncode == 0
+        assert done.stdout.startswith("usage: codexd")
+    assert cli.parser().parse_args(["ask", "x"]).text == "x"
+
+
+def test_a_reader_that_has_seen_enough(root: Root) -> None:
+    root.behave(answer=BIG)
+    with subprocess.Popen(
+        root.command("ask", "x"), env=root.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert child.stdout.read(10) == BIG.encode()[:10]
+        child.stdout.close()
+        assert b"Traceback" not in child.stderr.read()
+        assert child.wait(20) == 128 + signal.SIGPIPE
+
+
+def test_an_answer_that_cannot_be_written(root: Root) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            root.command("ask", "x"), env=root.env, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 69
+    assert done.stderr.splitlines()[-1] == "codexd: No space left on device"
+
+
+def test_a_locale_without_unicode(root: Root) -> None:
+    root.submit("x", session="latin", title="日本")
+    env = {**root.env, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        root.command("task", "list", "--session", "latin"), env=env, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u65e5\\u672c" in done.stdout
+
+
+# --- a terminal ---------------------------------------------------------------------------------
+
+NASTY = "red\x1b[31m \x1b]0;t\x07 \x9b2J \x90q\x9c \r\b\x7f \u202egpj.exe\u2066 \u2028 end\nbye"
+DANGEROUS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def on_terminal(root: Root, *args: str) -> tuple[int, str]:
+    """Status, and what reached the terminal from stdout and stderr."""
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        root.command(*args), env=root.env, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    seen = bytearray()
+
+    def read() -> None:
+        try:
+            while data := os.read(ours, 65536):
+                seen.extend(data)
+        except OSError:
+            return  # the other end has closed
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    status = child.wait(60)
+    reader.join(10)
+    os.close(ours)
+    return status, seen.decode().replace("\r\n", "\n")
+
+
+def test_nothing_steers_a_terminal(root: Root) -> None:
+    root.behave(answer=NASTY)
+    status, seen = on_terminal(root, "ask", "-s", "nasty", "x")
+    assert status == 0
+    assert not DANGEROUS.search(seen), ascii(seen)
+    assert "red\\x1b[31m \\x1b]0;t\\x07 \\x9b2J" in seen
+    assert "\\u202egpj.exe\\u2066 \\u2028 end\nbye\n" in seen
+    assert root.raw("ask", "x").stdout == NASTY.encode() + b"\n"  # into a pipe as it is
+
+    root.drop("\x1b[2J\x9b\u202ename.md", "---\ntitle: t\n---\nx")
+    root.drop("\x1b[2Jbad.md", "\0")
+    until(lambda: list(root.dirs.rejected.glob("*bad.md.reason")), "the rejection")
+    (task,) = until(lambda: [t for t in root.tasks() if "name.md" in str(t["file"])], "the task")
+    for args in (["task", "list"], ["task", "show", task["id"]], ["status"], ["session", "list"]):
+        status, seen = on_terminal(root, *args)
+        assert status == 0
+        assert not DANGEROUS.search(seen), ascii(seen)
+
+
+def test_a_terminal_shows_letters_and_spaces_of_all_scripts(root: Root) -> None:
+    answer = "naïve\u00a0café\u202f! 日本\u3000語 می\u200cخواهم 👩\u200d💻\tend"
+    root.behave(answer=answer)
+    assert answer in on_terminal(root, "ask", "x")[1]
+
+
+# --- selftest -----------------------------------------------------------------------------------
+
+
+def test_selftest_runs_the_real_codex(tmp_path: Path) -> None:
+    root = Daemon(tmp_path / "root")
+    done = root.run("selftest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert re.match(r"ok    codex \d+\.\d+\.\d+ at /", lines[0])
+    assert lines[-1] == "ok    all is well: two turns, one thread, no account and no token used"
+    assert not root.dirs.ledger.exists()  # nothing of the installation is touched
+
+
+def test_selftest_without_codex(tmp_path: Path) -> None:
+    root = Daemon(tmp_path / "root", config=f"codex:\n  bin: {tmp_path}/none\n")
+    done = root.run("selftest")
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"fail  {tmp_path}/none (codex.bin) is not an executable file; ")
+
+
+def test_ask_on_the_real_codex(tmp_path: Path) -> None:
+    with CaseModel() as model:
+        root = Daemon(tmp_path / "root", model.environment())
+        model.write_config(root.dirs.codex_home)
+        with root:
+            done = root.run("ask", "[[say One.\u2028Two. ☃]]")
+            assert (done.returncode, done.stdout) == (0, "One.\u2028Two. ☃\n")
+            done = root.run("ask", "-o", "attempts=1", "[[400]]")
+            assert (done.returncode, done.stdout) == (1, "")
+            assert "failed (config): Invalid value: 'parameter'." in done.stderr
