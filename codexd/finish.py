@@ -214,7 +214,6 @@ class Finish:
         file = str(self.dirs.answers / name)
         place.conclude(self.dirs, task.id, to_json(task, short, file))
 
-
     def retold(self, task: Task) -> list[Event]:
         """The end of a live task that lies in the archive already: the ledger's line
         of it was damaged.  Nothing is run or written again."""

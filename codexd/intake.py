@@ -70,7 +70,7 @@ class Intake:
         for _, name in pairs:
             self.settled.forget(name)
         ids = [*leftover[:BATCH], *claimed]
-        wanted = dict(pairs)
+        wanted = dict(reversed(pairs))  # of two files with one id the first was taken
         events = [self._examine(id, wanted.get(id)) for id in ids]
         fresh = [e for id, e in zip(ids, events, strict=True) if e and id not in self._unsettled]
         self.ledger.append(fresh)

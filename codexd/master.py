@@ -41,7 +41,7 @@ STOP = 12.0  # seconds for workers to end with the daemon
 _CHECKPOINT = 4 << 20  # bytes of ledger after which the short cut is renewed
 _HOST = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE,
-    errno.EACCES, errno.EPERM,
+    errno.EACCES, errno.EPERM, errno.ENOENT,
 })  # fmt: skip
 
 
@@ -111,7 +111,7 @@ class Master:
 
     def _tidy(self, id: str) -> None:
         """A directory of no live task: ended, being taken, or never taken."""
-        if (self.dirs.inbox / (spool.TAKE + id)).exists():
+        if os.path.lexists(self.dirs.inbox / (spool.TAKE + id)):
             return
         if not is_id(id):
             self.warn("not.ours", path=self.dirs.tasks / id, why="no task; left as it is")

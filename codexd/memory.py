@@ -44,9 +44,9 @@ _CUT, _FROM = "\n[…]", "[… line {}]\n"
 _MARK = re.compile(rb"^(?: {0,3}(```|~~~)|#{1,6}[ \t])", re.MULTILINE)
 _BREAK = re.compile(rb"\n(?=[ \t]*\r?\n|[-*+] |\d{1,3}[.)] )")
 _SEGMENT = re.compile(r"[^\n]{0,240}(?:[ \t]|\n|$)|[^\n]{1,240}")
-# C0 and C1 controls, lone surrogates, marks that turn or hide text.
+# C0 and C1 controls, and marks that turn or hide text.
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069"
     "\ufeff\ufff9-\ufffb\U000e0000-\U000e0fff]"
 )
 
@@ -107,8 +107,9 @@ def search(
             scorer = Scorer(query, scan.tallies.values(), scan.size)
             ranked = _rank(query, scorer, scan, base, until, problems)
             found = _excerpts(query, scorer, ranked, hits, chars)
-        except TimeoutError:
-            problems.append(f"the search took longer than {deadline:g} s and was given up")
+        except TimeoutError as err:
+            why = str(err) or f"it took longer than {deadline:g} s"
+            problems.append(f"the search was given up: {why}")
     said = plain("; ".join(problems).encode("utf-8", "replace")).replace("\n", " ")
     return Found(found, used, monotonic() - began, f"memory: {said}" if said else None)
 
@@ -161,8 +162,7 @@ def _sections(
     """A note's sections that hold any term; the words of headings and of the path count more."""
     named = query.runs.count(os.fsencode(shown))
     found = []
-    for start, end, line in sections(note):
-        text = note[start:end]
+    for line, text in sections(note):
         tally: dict[str, float] = dict(query.runs.count(text))
         if not tally:
             continue
@@ -194,15 +194,15 @@ def _excerpts(
         if size:
             shown = excerpt(text, size, section.line, query, scorer.idf)
             words = dict.fromkeys(w for t, w in query.words.items() if t in section.terms)
-            end = section.line + text.count("\n")
+            end = section.line + section.text.count(b"\n")
             found.append(
                 Hit(_shown(section.path), section.line, end, section.score, shown, list(words))
             )
     return found
 
 
-def sections(note: bytes) -> list[tuple[int, int, int]]:
-    """(start, end, first line) from heading to heading; long ones in pieces."""
+def sections(note: bytes) -> list[tuple[int, bytes]]:
+    """(first line, text) from heading to heading, without empty lines around; long ones in pieces."""
     cuts, fenced = [0], False
     for mark in _MARK.finditer(note):
         if mark[1]:
@@ -212,7 +212,8 @@ def sections(note: bytes) -> list[tuple[int, int, int]]:
     found, line = [], 1
     for start, end in zip(cuts, [*cuts[1:], len(note)], strict=True):
         for a, b in _split(note, start, end):
-            found.append((a, b, line))
+            text = note[a:b].lstrip(b"\r\n")
+            found.append((line + note.count(b"\n", a, b - len(text)), text.rstrip()))
             line += note.count(b"\n", a, b)
     return found
 

@@ -238,31 +238,35 @@ def _child(argv: list[str], given: bytes, until: float) -> tuple[bytes, bytes]:
     Its exit status tells nothing more: 1 is no match, 2 an error beside useful
     output.  Raises TimeoutError after killing it, ScanError if it cannot start.
     """
-    stdin = os.memfd_create("pattern")  # a pipe could fill up before anybody reads
-    out, err = os.pipe(), os.pipe()
-    actions = [(os.POSIX_SPAWN_DUP2, fd, n) for n, fd in enumerate((stdin, out[1], err[1]))]
+    opened: list[int] = []
     try:
+        opened.append(os.memfd_create("pattern"))  # a pipe could fill before anybody reads
+        opened += (*os.pipe(), *os.pipe())
+        stdin, out, out_there, err, err_there = opened
         os.write(stdin, given)
         os.lseek(stdin, 0, os.SEEK_SET)
+        theirs = enumerate((stdin, out_there, err_there))
+        actions = [(os.POSIX_SPAWN_DUP2, fd, n) for n, fd in theirs]
         pid = os.posix_spawn(
             argv[0], argv, {"LC_ALL": "C"}, file_actions=actions, setsigdef=[signal.SIGPIPE]
         )
     except OSError as why:
-        os.close(out[0])
-        os.close(err[0])
+        _close(opened)
         raise ScanError(f"{argv[0]}: {why.strerror}") from why
-    finally:
-        for fd in (stdin, out[1], err[1]):
-            os.close(fd)
+    _close((stdin, out_there, err_there))
     try:
-        return _drained(out[0], err[0], until)
+        return _drained(out, err, until)
     except TimeoutError:
         os.kill(pid, signal.SIGKILL)
         raise
     finally:
-        os.close(out[0])
-        os.close(err[0])
+        _close((out, err))
         os.waitpid(pid, 0)
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _drained(out: int, err: int, until: float) -> tuple[bytes, bytes]:
@@ -274,8 +278,10 @@ def _drained(out: int, err: int, until: float) -> tuple[bytes, bytes]:
     still = len(got)
     while still:
         left = until - monotonic()
-        if left <= 0 or room < 0:
+        if left <= 0:
             raise TimeoutError
+        if room < 0:
+            raise TimeoutError(f"more than {OUTPUT >> 20} MiB of matches")
         for fd, _ in waiting.poll(min(left, 60) * 1000):
             data = os.read(fd, 1 << 20)
             got[fd].append(data)

@@ -5,15 +5,8 @@ ends).  Files come in by `deliver` or by anybody's `cp` and `mv`; `scan` is the
 truth about what is there, and the watch is only a hint that may be false or
 missing.
 
-Taking a file, in this order, each step repeatable after a crash:
-
-1. its name, durable, in tasks/ID/name     (`claim`)
-2. inbox/NAME -> inbox/.take-ID            (`claim`; a rename inside the watched
-   directory, because one out of it stalls watchdog for half a second)
-3. the bytes, read once, never through a link, checked by `taskfile`
-4. tasks/ID/task.json, durable             (`store`)
-5. the ledger's line: this is the acceptance
-6. inbox/.take-ID removed                  (`drop`)
+Behind this door: `settled` (is a dropped file complete?) and `take` (from the
+inbox to tasks/ID).
 
 Raises OSError for what the host refuses, `Unreadable` for what is wrong with
 one file.
@@ -22,13 +15,9 @@ one file.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import secrets
-import signal
 import stat
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
@@ -38,18 +27,46 @@ from watchdog.observers.api import BaseObserver
 from codexd import durable
 from codexd.config import Directories
 from codexd.model import ID_LENGTH, is_id
+from codexd.settled import SETTLE, Settled
+from codexd.take import (
+    TAKE,
+    Unreadable,
+    claim,
+    contents,
+    discard,
+    drop,
+    dropped_name,
+    new_id,
+    refuse,
+)
 from codexd.taskfile import ignored
 
-TAKE = ".take-"
+__all__ = [
+    "SETTLE",
+    "TAKE",
+    "Settled",
+    "Unreadable",
+    "Watch",
+    "claim",
+    "contents",
+    "deliver",
+    "deliver_control",
+    "discard",
+    "drop",
+    "dropped_name",
+    "free_bytes",
+    "in_inbox",
+    "is_empty_file",
+    "new_id",
+    "prepare",
+    "refuse",
+    "scan",
+    "wanted_id",
+]
+
 _DEBRIS = 3600.0  # seconds: no producer writes one file for so long
-SETTLE = 1.0  # seconds without a change after which a file counts as written
-_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _INBOX_MODE = 0o3770
 _STATE_MODE = 0o750
-
-
-class Unreadable(ValueError):
-    """One file in the inbox that cannot become a task; the text says why."""
 
 
 # --- the directories ------------------------------------------------------------
@@ -93,12 +110,6 @@ def free_bytes(path: Path) -> int:
     """Bytes that we may still write on the file system of `path`."""
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize
-
-
-def new_id() -> str:
-    """A fresh task id: the time for people, chance against collisions."""
-    when = time.strftime("%Y%m%dt%H%M%S", time.gmtime())
-    return when + "-" + "".join(secrets.choice(_LETTERS) for _ in range(10))
 
 
 # --- delivering -----------------------------------------------------------------
@@ -146,81 +157,6 @@ def scan(inbox: Path) -> tuple[list[str], list[str]]:
             names.append(name)
     names.sort(key=os.fsencode)
     return names, sorted(taken)
-
-
-class Settled:
-    """Which dropped files are complete.
-
-    A file is settled once it was closed by its writer or renamed in: the watch
-    tells, or nobody has it open for writing.  Where that cannot be asked (the
-    file is somebody else's), it has to stay the same for a second.
-    """
-
-    def __init__(self) -> None:
-        self.told: set[str] = set()
-        self._seen: dict[str, tuple[float, tuple[int, int, int]]] = {}
-
-    def __call__(self, inbox: Path, name: str, now: float) -> bool:
-        """Whether `name` is complete; `now` is monotonic seconds."""
-        if name in self.told:
-            return True
-        path = inbox / name
-        try:
-            found = os.stat(path, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        if not stat.S_ISREG(found.st_mode):
-            return True  # nobody is writing it: it is rejected at once
-        mark = (found.st_size, found.st_mtime_ns, found.st_ino)
-        since, seen = self._seen.get(name, (now, None))
-        if seen != mark:
-            since = now
-            self._seen[name] = (now, mark)
-        if found.st_nlink > 1 and now - since < SETTLE:
-            return False  # some deliver with link(2) and then remove the other name
-        busy = _being_written(path)
-        if busy is None:
-            return now - since >= SETTLE
-        # A file made a moment ago may be about to be opened for writing once more,
-        # but not one with something in it: that was renamed in, or is closed.
-        return not busy and (found.st_size > 0 or now - since >= SETTLE)
-
-    def pending(self, now: float) -> bool:
-        """Whether a file was still changing a moment ago, so that a look soon pays."""
-        return any(now - since < 2 * SETTLE for since, _ in self._seen.values())
-
-    def forget(self, name: str) -> None:
-        self.told.discard(name)
-        self._seen.pop(name, None)
-
-    def prune(self, names: Iterable[str]) -> None:
-        """Forget all but `names`: what came and went unseen must not pile up."""
-        here = set(names)
-        self.told &= here
-        self._seen = {k: v for k, v in self._seen.items() if k in here}
-
-
-def _being_written(path: Path) -> bool | None:
-    """Whether some process has the file open for writing; None if nobody can tell.
-
-    A read lease is refused while there is a writer.  It may be asked for by the
-    owner of the file only; for the files of others, time has to be enough.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None  # who writes it may let us read it when it is complete
-    try:
-        # Who opens the file for writing just now makes the kernel send us a signal:
-        # by default SIGIO, which kills; this one is ignored by default.
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError as error:
-        return True if error.errno == errno.EAGAIN else None
-    finally:
-        os.close(fd)
-    return False
 
 
 class _Hints(FileSystemEventHandler):
@@ -290,171 +226,6 @@ class Watch:
             self._observer.stop()
             self._observer.join(2)
             self._observer = None
-
-
-# --- taking -----------------------------------------------------------------------
-
-
-def claim(dirs: Directories, names: Sequence[tuple[str, str]]) -> list[str]:
-    """Take (id, name) pairs out of sight of other programs; the ids taken.
-
-    Left out are a file that vanished meanwhile (its dropper thought better of it)
-    and one whose id another file was taken under: it stays where it is.
-    """
-    chosen: dict[str, str] = {}
-    for id, name in names:
-        if id not in chosen and not os.path.lexists(dirs.inbox / (TAKE + id)):
-            chosen[id] = name
-    for id, name in chosen.items():
-        place = dirs.tasks / id
-        place.mkdir(mode=_STATE_MODE, exist_ok=True)
-        try:
-            durable.write(place / "name", os.fsencode(name))
-        except OSError:
-            discard(dirs, id)  # on a full disk every round would leave one more
-            raise
-    durable.sync_directory(dirs.tasks)
-    claimed = []
-    for id, name in chosen.items():
-        try:
-            os.rename(dirs.inbox / name, dirs.inbox / (TAKE + id))
-            claimed.append(id)
-        except FileNotFoundError:
-            discard(dirs, id)
-    durable.sync_directory(dirs.inbox)
-    return claimed
-
-
-def dropped_name(dirs: Directories, id: str) -> str:
-    """The name under which a claimed file was dropped.
-
-    Anybody who may drop files can make a `.take-ID`, too: without a record it is
-    a file that was dropped as ID.md.
-    """
-    try:
-        return os.fsdecode(durable.read(dirs.tasks / id / "name", 4096))
-    except (FileNotFoundError, ValueError):
-        (dirs.tasks / id).mkdir(mode=_STATE_MODE, exist_ok=True)
-        durable.write(dirs.tasks / id / "name", f"{id}.md".encode())
-        return f"{id}.md"
-
-
-def contents(dirs: Directories, id: str, limit: int) -> bytes:
-    """The bytes of a claimed file, read once.
-
-    Raises Unreadable; OSError for what is no fault of the file.
-    """
-    path = dirs.inbox / (TAKE + id)
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        reason = _why_not_opened(path, error)
-        if reason is None:
-            raise
-        raise Unreadable(reason) from error
-    try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise Unreadable(f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no regular file')}")
-        if found.st_nlink > 1:
-            # Its other name may lie where its dropper may not read, such as our state.
-            raise Unreadable("it has another name (a hard link): drop a copy of it")
-        if found.st_size > limit:
-            raise Unreadable(f"{found.st_size} bytes; the limit is {limit} (limits.file)")
-        with open(fd, "rb", closefd=False) as file:
-            data = file.read(limit + 1)
-    finally:
-        os.close(fd)
-    if len(data) > limit:
-        raise Unreadable(f"it grew over the limit of {limit} bytes (limits.file)")
-    return data
-
-
-_KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFLNK: "a symbolic link: drop the file itself",
-}
-
-
-def _why_not_opened(path: Path, error: OSError) -> str | None:
-    """What is wrong with the file; None when it is the host that refuses."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return "it vanished while it was being taken"
-    if not stat.S_ISREG(mode):
-        return f"it is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}"
-    if error.errno in (errno.ELOOP, errno.ENXIO):
-        return "it was no regular file when it was opened"
-    if error.errno == errno.EACCES:
-        return "codexd may not read it: chmod g+r (or 644) it and drop it again"
-    return None
-
-
-def drop(dirs: Directories, id: str) -> None:
-    """The taken file has done its duty."""
-    try:
-        (dirs.inbox / (TAKE + id)).unlink(missing_ok=True)
-    except IsADirectoryError:
-        _hide(dirs, id)  # no file of ours: somebody made a directory of this name
-
-
-def _hide(dirs: Directories, id: str) -> Path:
-    """Give what cannot leave the inbox a name that nobody looks at."""
-    hidden = dirs.inbox / f".rejected-{new_id()}"
-    os.rename(dirs.inbox / (TAKE + id), hidden)
-    return hidden
-
-
-def discard(dirs: Directories, id: str) -> None:
-    """Remove the directory of an id that never became a task.
-
-    Repeatable.  What codexd did not put there stays, and its directory with it.
-    """
-    place = dirs.tasks / id
-    try:
-        durable.sweep(place)
-        for name in ("name", "task.json"):
-            (place / name).unlink(missing_ok=True)
-        place.rmdir()
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EISDIR):
-            raise
-
-
-def refuse(dirs: Directories, id: str, name: str, reason: str) -> str:
-    """Move a claimed file to rejected/ with its reason; the name it has there."""
-    kept = name if len(os.fsencode(name)) <= 200 else f"{name[:40]}.{id}"
-    if os.path.lexists(dirs.rejected / kept) or os.path.lexists(dirs.rejected / f"{kept}.reason"):
-        kept = f"{kept}.{id}"
-    why = dirs.rejected / f"{kept}.reason"
-    durable.write(why, f"{reason}\n".encode("utf-8", "replace"))
-    source = dirs.inbox / (TAKE + id)
-    try:
-        _move(source, dirs.rejected / kept)
-    except FileNotFoundError:
-        pass  # its owner removed it: the reason is all there is to keep
-    except PermissionError:
-        # Somebody else's directory can get a new name, but no new place.
-        hidden = _hide(dirs, id)
-        durable.write(why, f"{reason}\nIt lies in {hidden}\n".encode("utf-8", "replace"))
-    durable.sync_directory(dirs.rejected)
-    discard(dirs, id)
-    return kept
-
-
-def _move(source: Path, target: Path) -> None:
-    try:
-        # Not rename: see the module's note on watchdog.
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        os.rename(source, target)
-    else:
-        os.unlink(source)
 
 
 def wanted_id(name: str) -> str | None:

@@ -50,9 +50,14 @@ as_root = pytest.mark.skipif(not ROOT, reason="needs root: files of others, moun
 class Mortal(Daemon):
     """A daemon on the fake Codex, without root's power over files."""
 
-    def __init__(self, root: Path, *, bin: Path = FAKE, free: str = "0", more: str = "") -> None:
-        super().__init__(root, config=CONFIG.format(bin=bin, free=free) + more)
+    def __init__(self, root: Path, *, bin: Path = FAKE, free: str = "0") -> None:
+        super().__init__(root, config=CONFIG.format(bin=bin, free=free))
+        self.view = View(self.dirs)
         self.behave()
+
+    def __exit__(self, *told: Any) -> None:
+        super().__exit__(*told)
+        self.view.close()
 
     def behave(self, **settings: object) -> None:
         """What the fake Codex does from now on."""
@@ -70,7 +75,8 @@ class Mortal(Daemon):
         assert self.ready.startswith("ready "), self.log.read_text()[-4000:]
 
     def health(self) -> dict[str, Any]:
-        return dict(self.json("status"))
+        """What `codexd status` shows."""
+        return dict(self.view.health()[1])
 
     def rejections(self) -> list[dict[str, Any]]:
         lines = self.dirs.ledger.read_bytes().splitlines(keepends=True)
@@ -799,11 +805,9 @@ def test_a_damaged_state_that_can_be_served(tmp_path: Path) -> None:
             daemon.drop(f"t{number}.md", "---\nsession: web\n---\nx")
             front_matter, text = daemon.answer(f"t{number}")
             assert (front_matter["state"], text) == ("done", "fine\n")
-            view = View(daemon.dirs)
-            assert view.short_list()
-            assert "web" in [s["name"] for s in view.sessions()]
-            assert view.health()[0]
-            view.close()
+            assert daemon.view.short_list()
+            assert "web" in [s["name"] for s in daemon.view.sessions()]
+            assert daemon.view.health()[0]
         assert (daemon.dirs.tasks / "README").exists()
 
 

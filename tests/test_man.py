@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from codexd import cli, codex, gate, policy, program
+from codexd import cli, codex, command, gate, policy, program
 from codexd.model import COST_KEYS, USAGE_KEYS, Kind, Note, State, Task, to_json
 from codexd.outcome import Outcome
 from tests import mdoc
@@ -226,7 +226,7 @@ def test_environment_of_codex() -> None:
     names = {mdoc.words(line)[0] for line in text[text.index(".Bd -filled -offset indent") :]
              if line.startswith(".Ev ")}  # fmt: skip
     names -= {"CODEX_HOME", "TMPDIR"}
-    assert {n for n in names if n != "LC_*"} | {"TMPDIR"} == codex._PASSED
+    assert {n for n in names if n != "LC_*"} | {"TMPDIR"} == command._PASSED
     given = dict.fromkeys([*names - {"LC_*"}, "LC_ALL", "SECRET", "CODEX_HOME"], "x")
     passed = {**given, "CODEX_HOME": "/h"}
     del passed["SECRET"]

@@ -343,8 +343,8 @@ def test_asking_for_a_writer_does_no_harm_to_who_asks(dirs: Directories) -> None
     )  # fmt: skip
     busy = subprocess.Popen([sys.executable, "-c", opener, dirs.inbox / "a.md"])
     code = (
-        "import time; end = time.monotonic() + 1\n"
-        "while time.monotonic() < end: spool._being_written(Path(sys.argv[1]))\n"
+        "import time; from codexd import settled; end = time.monotonic() + 1\n"
+        "while time.monotonic() < end: settled._being_written(Path(sys.argv[1]))\n"
         "print('alive')"
     )
     asked = run(code, dirs.inbox / "a.md")
