@@ -1,9 +1,11 @@
 """Start, stop and list workers: here as child processes of the daemon.
 
 Owns run/workers/ID.lock.  The daemon takes the flock on it before it starts the
-worker, and the worker and Codex inherit the descriptor: while anything of the
-attempt lives, the lock is held, and the kernel frees it with the last of them.
+worker, and the worker and Codex inherit the descriptor: while one of them
+lives, the lock is held, and the kernel frees it with the last of them.
 So a new daemon sees what the one before left behind, without pids and ages.
+Codex's tools do not inherit it: the worker ends them, and where it was killed,
+the daemon, whose children they then are.
 
 Workers end with the daemon: they have the read end of a pipe that only the
 daemon holds open, and stop Codex when it closes.  What does not stop within
@@ -12,6 +14,7 @@ daemon holds open, and stop Codex when it closes.  What does not stop within
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import math
 import os
@@ -25,6 +28,7 @@ from pathlib import Path
 from codexd import lock
 from codexd.model import is_id
 
+_PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 # -I -S: no site-packages, no user site; half of a worker's start-up time.
 _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from codexd.worker import main; main()"
 
@@ -47,6 +51,8 @@ class Processes:
         # id -> since when: workers of the daemon before, and what outlived its worker
         self._orphans = {id: time.monotonic() for id in found if is_id(id)}
         self._strays: dict[str, float] = {}
+        self._bereft = False  # a worker was killed: what it ran is our child now
+        _adopt_orphans()
 
     def command(self, id: str) -> list[str]:
         package = str(Path(__file__).resolve().parent.parent)
@@ -77,6 +83,7 @@ class Processes:
             if child.poll() is not None:
                 del self._children[id]
                 self._strays[id] = time.monotonic()
+                self._bereft |= child.returncode != 0
         for id, since in list(self._orphans.items()):
             if time.monotonic() - since >= self.grace:
                 self._strays[id] = self._orphans.pop(id)
@@ -87,12 +94,31 @@ class Processes:
     def active(self) -> set[str]:
         """Ids of which anything still lives: also what a worker left behind, which is killed."""
         working = self.working()
+        self._bereft = self._bereft and self._end_adopted()
         for id in list(self._strays):
             if lock.is_held(self._path(id)):
                 self._signal_holders(id, signal.SIGKILL)
-            else:
+            elif not self._bereft:
                 self._forget(self._strays, id)
         return working | self._strays.keys()
+
+    def _end_adopted(self) -> bool:
+        """Kill what lost its worker; whether there still is any.
+
+        Codex's tools do not inherit the lock.  They are our children that we
+        did not start: in sessions of their own, as only workers are besides.
+        """
+        workers = {child.pid for child in self._children.values()}
+        adopted = [
+            pid for pid in _children() if pid not in workers and os.getsid(pid) != os.getsid(0)
+        ]
+        for pid in adopted:
+            try:
+                os.kill(pid, signal.SIGKILL)  # only we can reap it: it is still that one
+            except PermissionError:
+                continue  # of another user, by sudo
+            os.waitpid(pid, os.WNOHANG)
+        return bool(adopted)
 
     def _forget(self, among: dict[str, float], id: str) -> None:
         del among[id]
@@ -134,6 +160,25 @@ class Processes:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue  # it ended by itself
+
+
+def _adopt_orphans() -> None:
+    """What loses its parent below us becomes our child, and cannot get away."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _children() -> list[int]:
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has just ended
+            if int(fields[1]) == os.getpid():
+                found.append(int(name))
+    return found
 
 
 def _holders(path: Path) -> list[int]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 DEADLINE = 5.0  # seconds
+TOLD = 3  # problems that are told in full
 FILES, SHORTLIST = 40, 160  # files ranked by section; files ranked by size as well
 FLOOR = 200  # bytes; a shorter section is no better for being shorter
 W_FILE, W_PATH = 0.4, 0.3  # what its file's score and its path's words add to a section
@@ -74,7 +75,7 @@ class Found:
 
 def exists(paths: Sequence[str], workdir: str) -> bool:
     """Whether there can be any note at all; no directory is read."""
-    return any(os.path.exists(os.path.join(workdir, path)) for path in paths)
+    return any(os.path.exists(notes.absolute(path, workdir)) for path in paths)
 
 
 def search(
@@ -90,8 +91,8 @@ def search(
 ) -> Found:
     """At most `hits` excerpts of `chars` characters together, their `path:line` included.
 
-    `paths` are absolute or relative to `workdir`; a relative one must lead to
-    somewhere below it.  `deadline`: seconds.  `tool`: rg, grep, python, or
+    `paths` are absolute, begin with ~, or are relative to `workdir`; these must
+    lead to somewhere below it.  `deadline`: seconds.  `tool`: rg, grep, python, or
     auto for the first that works.  `rg`: that program rather than one that is
     looked for.  Never raises for what stands in notes or cannot be read.
     """
@@ -110,8 +111,16 @@ def search(
         except TimeoutError as err:
             why = str(err) or f"it took longer than {deadline:g} s"
             problems.append(f"the search was given up: {why}")
-    said = plain("; ".join(problems).encode("utf-8", "replace")).replace("\n", " ")
-    return Found(found, used, monotonic() - began, f"memory: {said}" if said else None)
+    return Found(found, used, monotonic() - began, _told(problems))
+
+
+def _told(problems: list[str]) -> str | None:
+    """One line for the result, however many there are and whatever stands in names."""
+    if not problems:
+        return None
+    more = f" (and {len(problems) - TOLD} more)" if problems[TOLD:] else ""
+    line = plain("; ".join(problems[:TOLD]).encode("utf-8", "replace")).replace("\n", "?")
+    return f"memory: {line}{more}"
 
 
 class _Section:
@@ -202,7 +211,7 @@ def _excerpts(
 
 
 def sections(note: bytes) -> list[tuple[int, bytes]]:
-    """(first line, text) from heading to heading, without empty lines around; long ones in pieces."""
+    """(first line, text) from heading to heading; long sections in pieces."""
     cuts, fenced = [0], False
     for mark in _MARK.finditer(note):
         if mark[1]:

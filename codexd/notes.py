@@ -66,7 +66,7 @@ def roots(paths: Sequence[str], base: str, problems: list[str]) -> list[str]:
     """
     found = set()
     for path in paths:
-        real = os.path.realpath(os.path.join(base, path))
+        real = os.path.realpath(absolute(path, base))
         try:
             status = os.stat(real)
         except FileNotFoundError:
@@ -74,13 +74,17 @@ def roots(paths: Sequence[str], base: str, problems: list[str]) -> list[str]:
         except OSError as err:
             problems.append(f"{path}: {err.strerror}")
             continue
-        if not os.path.isabs(path) and not below(real, base):
+        if not path.startswith(("/", "~")) and not below(real, base):
             problems.append(f"{path} leads out of {base}: give its absolute path")
         elif stat.S_ISREG(status.st_mode) and status.st_size > LARGEST:
             problems.append(f"{path} is larger than {LARGEST >> 20} MiB: split it")
         elif stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
             found.add(real)
     return sorted(r for r in found if not any(below(r, o) for o in found if o != r))
+
+
+def absolute(path: str, base: str) -> str:
+    return os.path.join(base, os.path.expanduser(path))
 
 
 def below(path: str, base: str) -> bool:
@@ -236,7 +240,7 @@ def _child(argv: list[str], given: bytes, until: float) -> tuple[bytes, bytes]:
     """What a program prints on stdout and stderr, given `given` on stdin.
 
     Its exit status tells nothing more: 1 is no match, 2 an error beside useful
-    output.  Raises TimeoutError after killing it, ScanError if it cannot start.
+    output.  Raises TimeoutError, ScanError if it cannot start.
     """
     opened: list[int] = []
     try:
@@ -256,11 +260,9 @@ def _child(argv: list[str], given: bytes, until: float) -> tuple[bytes, bytes]:
     _close((stdin, out_there, err_there))
     try:
         return _drained(out, err, until)
-    except TimeoutError:
-        os.kill(pid, signal.SIGKILL)
-        raise
     finally:
         _close((out, err))
+        os.kill(pid, signal.SIGKILL)  # it has said all there is, or had its time
         os.waitpid(pid, 0)
 
 

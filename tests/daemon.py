@@ -42,7 +42,8 @@ class Daemon:
     def __init__(self, root: Path, env: dict[str, str] | None = None, config: str = "") -> None:
         self.root = root
         self.dirs = Directories.below(root)
-        self.env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
+        # Codex's tools run the start-up files of a login shell: not those of whoever tests.
+        self.env = {**os.environ, "HOME": str(root), "PYTHONUNBUFFERED": "1", **(env or {})}
         self.log = root / "serve.log"
         self.child: subprocess.Popen[str] | None = None
         self.ready = ""

@@ -15,14 +15,12 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from codexd import ledger
-from codexd.config import Directories
 from codexd.ledger import seal
 from codexd.model import Note
 from codexd.view import View
@@ -370,10 +368,9 @@ def told(daemon: Mortal, reason: str) -> str:
 
 def check_rejected(daemon: Mortal, name: str, reason: str) -> None:
     """The reason beside the file, in the ledger and nothing else; the file itself is kept."""
-    assert daemon.reason(name) == told(daemon, reason) + "\n"
-    assert [f["reason"] for f in daemon.rejections() if f["file"] == name] == [
-        told(daemon, reason)
-    ]
+    reason = told(daemon, reason)
+    assert daemon.reason(name) == f"{reason}\n"
+    assert [f["reason"] for f in daemon.rejections() if f["file"] == name] == [reason]
     assert not os.path.lexists(daemon.dirs.inbox / name)
 
 

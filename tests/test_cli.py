@@ -395,7 +395,9 @@ def test_list(root: Root) -> None:
     assert {*found[0], "answer"} == root.task(ids[0]).keys()
     assert root.json("task", "list", "--state", "failed", "--session", "listed") == []
     lines = root.run("task", "list", "--state", "done", "--session", "listed").stdout.splitlines()
-    assert [line.split()[:4] for line in lines[1:]] == [[id, "done", "done", "listed"] for id in ids]
+    assert [line.split()[:4] for line in lines[1:]] == [
+        [id, "done", "done", "listed"] for id in ids
+    ]
     done = root.run("task", "list", "--state", "lost")
     assert done.returncode == 2
     assert all(state in done.stderr for state in State)
@@ -426,9 +428,7 @@ def test_cancel_hold_release_retry(root: Root) -> None:
     assert root.run("task", "wait", held, behind).returncode == 0
 
     assert root.run("task", "retry", queued).returncode == 0
-    again = until(
-        lambda: [t for t in root.tasks() if t["retry_of"] == queued], "the retry"
-    )
+    again = until(lambda: [t for t in root.tasks() if t["retry_of"] == queued], "the retry")
     assert root.reaches(again[0]["id"], "done")["session"] == "one"
 
 
@@ -450,10 +450,10 @@ def test_cancel_a_running_task(root: Root) -> None:
 # --- sessions -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["a/b", "a_b", "../..", ".hidden", "50%", "%41", "ü 日本", "a b", "all", "-s", "n" * 200, NOBODY],
-)
+SESSIONS = ["a/b", "a_b", "../..", ".hidden", "50%", "%41", "ü\xa0日本", "all", "-s", "x.tmp"]
+
+
+@pytest.mark.parametrize("name", [*SESSIONS, "a b", "n" * 200, NOBODY])
 def test_a_session_of_any_name(root: Root, name: str) -> None:
     first = root.json("ask", f"--session={name}", "x")
     found = root.json("session", "show", "--", name)
@@ -586,7 +586,9 @@ def test_without_permission(tmp_path: Path) -> None:
         root.reaches(id, "done")
         root.dirs.inbox.chmod(0o550)
         root.dirs.ledger.chmod(0)
-        refused = f"codexd: {root.dirs.inbox}: you may not put files there; those of its group may\n"
+        refused = (
+            f"codexd: {root.dirs.inbox}: you may not put files there; those of its group may\n"
+        )
         unread = f"codexd: {root.dirs.ledger}: Permission denied\n"
         for args, said in (
             (["ask", "x"], refused),
@@ -666,7 +668,9 @@ def test_a_locale_without_unicode(root: Root) -> None:
 # --- a terminal ---------------------------------------------------------------------------------
 
 NASTY = "red\x1b[31m \x1b]0;t\x07 \x9b2J \x90q\x9c \r\b\x7f \u202egpj.exe\u2066 \u2028 end\nbye"
-DANGEROUS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+DANGEROUS = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+)
 
 
 def on_terminal(root: Root, *args: str) -> tuple[int, str]:
