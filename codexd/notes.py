@@ -325,5 +325,5 @@ def _why(err: OSError) -> str:
 
 def _first(said: bytes) -> str:
     """The first of a program's complaints, and how many there are."""
-    lines = said.decode("utf-8", "replace").splitlines()
+    lines = said.decode("utf-8", "replace").splitlines() or [""]
     return lines[0] + (f" (and {len(lines) - 1} more)" if lines[1:] else "")

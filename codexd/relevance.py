@@ -71,6 +71,7 @@ WORDS, WORDS_EDGE, WORDS_MIDDLE = 80, 20, 2  # in all; of first and last; of the
 K1, B = 1.5, 0.75
 AVERAGE = 700  # a section's usual length, bytes
 W_EDGE = 1.25  # the first and the last passage against the others
+ELSEWHERE = 100  # sections without any term there might be, so that one short note has rare words
 SPREAD = 0.5  # n hits in a file stand in about n**SPREAD sections
 
 
@@ -229,9 +230,9 @@ class Scorer:
         for tally in tallies:
             for term, n in tally.items():
                 holders[term] += n**SPREAD
-        sections = max(size / AVERAGE, 1.0)
+        sections = size / AVERAGE + ELSEWHERE
         self.idf = {
-            term: _weight(term) * log(1 + (max(sections - n, 0) + 0.5) / (n + 0.5))
+            term: _weight(term) * log(1 + max(sections - n, 0.5) / (n + 0.5))
             for term, n in holders.items()
         }
         self._query = query

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -206,6 +207,9 @@ def test_a_box_can_be_kept() -> None:
     shown = subprocess.check_output([sys.executable, "-c", keep], cwd=ROOT, text=True)
     name, pid = shown.split()[0], int(shown.split()[-1])
     assert Path(f"/proc/{pid}/comm").read_text() == "systemd\n"
+    end = os.pidfd_open(pid)
+    assert select.select([end], [], [], 1) == ([], [], [])  # and it goes on
+    os.close(end)
     assert f"--target {pid}" in shown
     os.kill(pid, signal.SIGKILL)
     until(lambda: not (PLACES / name).exists(), "nothing left")

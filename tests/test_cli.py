@@ -26,6 +26,7 @@ from tests.daemon import PYTHON, Daemon, until
 from tests.scripted_cases import CaseModel
 
 FAKE = Path(__file__).parent / "bin" / "codex"
+pytestmark = pytest.mark.xdist_group("cli")
 CONFIG = f"""\
 workers: 8
 codex:
@@ -84,6 +85,11 @@ class Root(Daemon):
 
     def health(self) -> dict[str, Any]:
         return dict(self.view.health()[1])
+
+    def cancel(self, *ids: str) -> None:
+        assert self.run("task", "cancel", *ids).returncode == 0
+        for id in ids:
+            self.reaches(id, "cancelled")
 
     def reaches(self, id: str, state: str) -> dict[str, Any]:
         until(lambda: self.task(id)["state"] == state, f"{id} {state}")
@@ -223,12 +229,13 @@ def test_ask_tells_why_it_was_rejected(root: Root) -> None:
 
 
 def test_ask_gives_up_waiting_but_not_the_task(root: Root) -> None:
-    root.behave(delay=3)
+    root.behave(mode="hang-turn")
     done = root.run("ask", "--timeout", "1s", "x")
     assert (done.returncode, done.stdout) == (75, "")
     id = re.findall(ID, done.stderr)[0]
-    assert done.stderr.splitlines()[-1].startswith(f"codexd: task {id} running")
-    assert root.reaches(id, "done")["attempts"] == 1
+    assert done.stderr.splitlines()[-1] == f"codexd: task {id} running"
+    assert root.task(id)["state"] == "running"
+    root.cancel(id)
 
 
 def test_ask_again_with_a_key_gets_the_first_answer(root: Root) -> None:
@@ -322,45 +329,52 @@ def test_submit_tells_what_was_rejected_and_what_was_not(root: Root, tmp_path: P
     good, bad = tmp_path / "good.md", tmp_path / "bad.md"
     good.write_text("x")
     bad.write_text("---\nworkdir: /etc\n---\nx")
+    before = {p.name for p in root.dirs.rejected.iterdir()}
     done = root.run("task", "submit", str(bad), str(good))
     assert done.returncode == 1
     (id,) = done.stdout.splitlines()
     assert root.reaches(id, "done")["title"] == "good.md"
     assert done.stderr.startswith(f"codexd: {bad}: rejected: workdir /etc is not below a conf")
-    rejected = re.findall(ID, " ".join(p.name for p in root.dirs.rejected.iterdir()))
-    done = root.run("task", "show", rejected[0])
+    (rejected,) = [p.name[:26] for p in root.dirs.rejected.iterdir() if p.name not in before]
+    done = root.run("task", "show", rejected)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"codexd: {rejected[0]} was rejected: workdir /etc")
+    assert done.stderr.startswith(f"codexd: {rejected} was rejected: workdir /etc")
 
 
 # --- one task and many ----------------------------------------------------------------------
 
 
 def test_wait(root: Root) -> None:
-    root.behave(delay=2)
     ids = [root.submit(), root.submit()]
+    root.reaches(ids[1], "done")
+    root.behave(mode="hang-turn")
+    endless = root.submit()
     begun = time.monotonic()
-    done = root.run("task", "wait", "--timeout", "1s", *ids)
+    done = root.run("task", "wait", "--timeout", "1s", *ids, endless)
     assert done.returncode == 75
-    assert 1 <= time.monotonic() - begun < 2.5
+    assert time.monotonic() - begun >= 1
+    root.cancel(endless)
     assert done.stdout.splitlines()[0].split() == [
         "ID", "STATE", "OUTCOME", "SESSION", "CREATED", "WHAT",
     ]  # fmt: skip
     assert root.run("task", "wait", *ids).returncode == 0
     assert [t["state"] for t in root.json("task", "wait", *ids)] == ["done", "done"]
-    root.behave(mode="no-terminal")
-    assert root.run("task", "wait", ids[0], root.submit(attempts=1)).returncode == 1
+    assert root.run("task", "wait", ids[0], endless).returncode == 1
     assert root.run("task", "wait", "--timeout", "x", ids[0]).returncode == 2
     done = root.run("task", "wait", ids[0], NOBODY)
     assert (done.returncode, done.stderr) == (66, f"codexd: there is no task {NOBODY}\n")
 
 
 def test_follow(root: Root) -> None:
-    root.behave(delay=1.5)
+    root.behave(mode="hang-item,answer")
     id = root.submit()
     done = root.run("task", "follow", "--timeout", "1s", id)
     assert done.returncode == 75
-    assert f"task {id} running" in done.stdout
+    assert f"task {id} running: /bin/bash -lc 'sleep 9'" in done.stdout
+    root.cancel(id)
+    done = root.run("task", "follow", id)
+    assert done.returncode == 1
+    id = root.submit()
     done = root.run("task", "follow", id)
     assert done.returncode == 0
     lines = done.stdout.splitlines()
@@ -520,9 +534,7 @@ def test_status(root: Root) -> None:
     assert lines[-1] == f"state: {root.root}   inbox: {root.dirs.inbox} (0 files)"
     health = root.json("status")
     assert (health["status"], health["running"], health["gate"]) == ("ok", 1, {})
-    assert root.run("task", "cancel", running, behind).returncode == 0
-    root.reaches(behind, "cancelled")
-    root.reaches(running, "cancelled")
+    root.cancel(running, behind)
 
 
 def test_check(root: Root, tmp_path: Path) -> None:
@@ -576,8 +588,10 @@ def test_each_exit_status(root: Root, tmp_path: Path) -> None:
     assert root.run("--root", str(tmp_path / "none"), "task", "list").returncode == 69
     assert root.run("--config", str(tmp_path / "none.yaml"), "memory", "x").returncode == 78
     assert root.run("--root", str(root.log), "status").returncode == 78
-    root.behave(delay=2)
-    assert root.run("task", "wait", root.submit(), "--timeout", "1").returncode == 75
+    root.behave(mode="hang-turn")
+    id = root.submit()
+    assert root.run("task", "wait", id, "--timeout", "1").returncode == 75
+    root.cancel(id)
 
 
 def test_without_permission(tmp_path: Path) -> None:
