@@ -350,6 +350,7 @@ def run(config: Config, service: Service, started: Callable[[Master], None]) -> 
         master = Master(config, service)
         master.begin()
         master.watch.tend()
+        service.catch_signals()
         master.beat()  # who reads "ready" may ask at once how things are
         started(master)
         service.run(master.step)

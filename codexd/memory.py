@@ -44,6 +44,7 @@ _CUT, _FROM = "\n[…]", "[… line {}]\n"
 # A heading, or a fence inside which '#' is no heading.
 _MARK = re.compile(rb"^(?: {0,3}(```|~~~)|#{1,6}[ \t])", re.MULTILINE)
 _BREAK = re.compile(rb"\n(?=[ \t]*\r?\n|[-*+] |\d{1,3}[.)] )")
+_SPACE = re.compile(rb"\s")
 _SEGMENT = re.compile(r"[^\n]{0,240}(?:[ \t]|\n|$)|[^\n]{1,240}")
 # C0 and C1 controls, and marks that turn or hide text.
 _UNSEEN = re.compile(
@@ -169,15 +170,15 @@ def _sections(
     query: Query, scorer: Scorer, note: bytes, shown: str, score: float
 ) -> list[_Section]:
     """A note's sections that hold any term; the words of headings and of the path count more."""
-    named = query.runs.count(os.fsencode(shown))
+    named = query.count(os.fsencode(shown))
     found = []
     for line, text in sections(note):
-        tally: dict[str, float] = dict(query.runs.count(text))
+        tally: dict[str, float] = dict(query.count(text))
         if not tally:
             continue
         terms = set(tally)
         if text.startswith(b"#"):
-            for term in query.runs.count(text.partition(b"\n")[0]):
+            for term in query.count(text.partition(b"\n")[0]):
                 tally[term] += 1
         for term in terms.intersection(named):
             tally[term] += W_PATH
@@ -228,9 +229,10 @@ def sections(note: bytes) -> list[tuple[int, bytes]]:
 
 
 def _split(note: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """At paragraphs or list items: a list of a thousand items is not one section."""
+    """At paragraphs or list items, else anywhere: a thousand items are not one section."""
     while end - start > SECTION:
-        cut = _BREAK.search(note, start + SECTION // 4, end - 1)
+        cut = _BREAK.search(note, start + SECTION // 4, start + SECTION)
+        cut = cut or _SPACE.search(note, start + SECTION // 2, end - 1)
         if cut is None:
             break
         yield start, cut.end()
@@ -273,7 +275,7 @@ def excerpt(text: str, size: int, line: int, query: Query, idf: Mapping[str, flo
     if len(text) <= size:
         return text
     pieces = _SEGMENT.findall(text)
-    held = [query.runs.count(piece.encode()) for piece in pieces]
+    held = [query.count(piece.encode()) for piece in pieces]
 
     def window(start: int, room: int) -> tuple[float, int]:
         """What the terms from piece `start` on are worth, and where the room ends."""

@@ -19,12 +19,11 @@ import select
 import signal
 import stat
 import sys
-from collections import Counter
 from time import monotonic
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from codexd.relevance import Query
 
@@ -48,13 +47,9 @@ class Scan:
         self.tallies: dict[str, Mapping[str, int]] = {}
         self.files = self.size = 0
 
-    def add(self, query: Query, path: str, runs: Mapping[bytes, int]) -> None:
+    def add(self, query: Query, path: str, runs: Iterable[bytes]) -> None:
         """Count a file's terms from its runs."""
-        tally: dict[str, int] = {}
-        for run, n in runs.items():
-            for term in query.runs[run]:
-                tally[term] = tally.get(term, 0) + n
-        if tally:
+        if tally := query.runs.count(runs):
             self.tallies[path] = tally
 
 
@@ -129,7 +124,7 @@ def _rg(query: Query, where: list[str], until: float, rg: str | None, problems: 
     name, *chunks = out.split(b"\0")
     for chunk in chunks:
         runs, _, rest = chunk.partition(b"\n\n")
-        found.add(query, os.fsdecode(name), Counter(runs.split(b"\n")))
+        found.add(query, os.fsdecode(name), runs.split(b"\n"))
         name = rest
     searched = _SEARCHED.search(b"\n" + name)
     if searched is None:
@@ -165,7 +160,7 @@ def _grep(query: Query, where: list[str], until: float, problems: list[str]) -> 
         if held[0].startswith(BOMS):
             _look(query, path, found, problems)
         else:
-            found.add(query, path, Counter(held))
+            found.add(query, path, held)
     return found
 
 
@@ -297,7 +292,9 @@ def _drained(out: int, err: int, until: float) -> tuple[bytes, bytes]:
 def read(path: str) -> bytes:
     """A note as UTF-8, whatever it is in; empty if it is no text.  Raises OSError."""
     note = _transcoded(_bytes(path))
-    return b"" if b"\0" in note else note.decode("utf-8-sig", "replace").encode()
+    if b"\0" in note:
+        return b""
+    return note.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace").encode()
 
 
 def _transcoded(note: bytes) -> bytes:

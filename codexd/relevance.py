@@ -145,12 +145,12 @@ class Runs(dict[bytes, tuple[str, ...]]):
         self[run] = found
         return found
 
-    def count(self, note: bytes) -> dict[str, int]:
-        """How often each term is in a piece of a note."""
+    def count(self, runs: Iterable[bytes]) -> dict[str, int]:
+        """How often each term is in these."""
         tally: dict[str, int] = {}
-        for held in map(self.__getitem__, note.translate(SPLIT).split()):
+        for held, n in Counter(filter(None, map(self.__getitem__, runs))).items():
             for term in held:
-                tally[term] = tally.get(term, 0) + 1
+                tally[term] = tally.get(term, 0) + n
         return tally
 
 
@@ -191,10 +191,13 @@ class Query:
         self.runs = Runs(self.words, self.pattern)
         self._tails = _Tails(self.pattern)
 
-    def tails(self, note: bytes) -> Counter[bytes]:
+    def count(self, note: bytes) -> dict[str, int]:
+        """How often each term is in a note, or a piece of one."""
+        return self.runs.count(note.translate(SPLIT).split())
+
+    def tails(self, note: bytes) -> Iterator[bytes]:
         """What rg would print of a note: its words, each from its first literal on."""
-        tails = map(self._tails.__getitem__, note.translate(SPLIT).split())
-        return Counter(filter(None, tails))
+        return filter(None, map(self._tails.__getitem__, note.translate(SPLIT).split()))
 
     def _choose(self, words: Mapping[str, Sequence[str]], room: int) -> int:
         """Take up to `room` words, long ones first: they are rarer.  How many were new."""

@@ -151,6 +151,14 @@ def _feed(reader: Reader, path: str, offset: int) -> int:
     return offset + len(data)
 
 
+def checks(found: Sequence[Json]) -> None:
+    """What is wrong with files, in the way of compilers."""
+    for one in found:
+        where = f"{one['file']}:{one['line']}" if one["line"] else one["file"]
+        told = one["reason"] or "ok"
+        print(clean(told if str(told).startswith(str(where)) else f"{where}: {told}"))
+
+
 # --- tables -----------------------------------------------------------------------
 
 

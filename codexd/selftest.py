@@ -98,7 +98,7 @@ def _served(root: Path, model: ScriptedModel) -> Iterator[None]:
 
 
 def _turn(view: View, prompt: str) -> Json:
-    from codexd.cli import until_ended
+    from codexd.submit import until_ended
 
     id = spool.new_id()
     request = Request(prompt, session="selftest")

@@ -77,11 +77,15 @@ class Service:
             self.stopping = True
         self.wake()
 
-    def run(self, step: Callable[[], float]) -> None:
-        """Call `step` until it raises StopIteration."""
+    def catch_signals(self) -> None:
+        """From now on a signal only wakes us.  To be done before anybody hears of `ready`."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, self._signal)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def run(self, step: Callable[[], float]) -> None:
+        """Call `step` until it raises StopIteration."""
+        self.catch_signals()
         poll = select.poll()
         poll.register(self._read, select.POLLIN)
         while True:

@@ -23,6 +23,7 @@ from codexd.model import Event, State, Task, is_id, to_json
 from codexd.outcome import Outcome
 
 LATE = 15.0  # seconds without a heartbeat after which the master counts as down
+ARRIVING = 1000  # files of the inbox that a short list looks at
 _MONTH = re.compile(r"[0-9]{4}-[0-9]{2}", re.ASCII)
 
 Json = dict[str, object]
@@ -98,11 +99,23 @@ class View:
         return list(self._follower.book.tasks.values())
 
     def short_list(self, state: str | None = None, session: str | None = None) -> list[Json]:
-        """Live tasks, and the last fifty that ended, oldest first."""
+        """The last fifty that ended, the live ones, and those with an id in the inbox."""
+        arriving = self._arriving()  # first: what is taken meanwhile is then among the live
         self.refresh()
         ended = (self._ended(id) for id in list(self._follower.book.recent))
-        both = [*(e for e in ended if e), *(to_json(t, None, None) for t in self.live())]
-        return [_without_answer(t) for t in both if _matches(t, state, session)]
+        told = [*(e for e in ended if e), *(to_json(t, None, None) for t in self.live())]
+        known = {t["id"] for t in told}
+        told += [t for t in arriving if t["id"] not in known]
+        return [_without_answer(t) for t in told if _matches(t, state, session)]
+
+    def _arriving(self) -> list[Json]:
+        """Tasks that producers put into the inbox under an id, not yet taken."""
+        try:
+            names, taken = spool.scan(self.dirs.inbox)
+        except OSError:
+            return []  # not for us to see
+        ids = [*taken, *(id for name in names[:ARRIVING] if (id := spool.wanted_id(name)))]
+        return [found for id in ids if (found := self._waiting(id))]
 
     def page(
         self,

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from codexd import __version__, cli
+from codexd import __version__
 from codexd.model import State
 from codexd.view import View
 from tests.daemon import PYTHON, Daemon, until
@@ -252,8 +252,8 @@ def test_ask_again_with_a_key_gets_the_first_answer(root: Root) -> None:
 def test_without_a_daemon(tmp_path: Path) -> None:
     root = Root(tmp_path / "root")
     text = (
-        f"codexd: codexd is not serving {root.root}: start it with `codexd serve` or "
-        "`systemctl start codexd`. Nothing was submitted\n"
+        f"codexd: codexd is not serving {root.root}: start it with `codexd serve`. "
+        "Nothing was submitted\n"
     )
     done = root.run("ask", "x")
     assert (done.returncode, done.stdout, done.stderr) == (69, "", text)
@@ -269,7 +269,7 @@ def test_without_a_daemon(tmp_path: Path) -> None:
             end()
             done = root.run("ask", "x")
             assert (done.returncode, done.stdout, done.stderr) == (69, "", text)
-            assert not list(root.dirs.inbox.iterdir())
+            until(lambda: not list(root.dirs.inbox.iterdir()), "an empty inbox")
             assert root.run("status").stdout.startswith("codexd: the master is not running\n")
             assert root.run("status").returncode == 69
             root.start()
@@ -335,7 +335,7 @@ def test_submit_tells_what_was_rejected_and_what_was_not(root: Root, tmp_path: P
     (id,) = done.stdout.splitlines()
     assert root.reaches(id, "done")["title"] == "good.md"
     assert done.stderr.startswith(f"codexd: {bad}: rejected: workdir /etc is not below a conf")
-    (rejected,) = [p.name[:26] for p in root.dirs.rejected.iterdir() if p.name not in before]
+    (rejected,) = {p.name[:26] for p in root.dirs.rejected.iterdir() if p.name not in before}
     done = root.run("task", "show", rejected)
     assert done.returncode == 1
     assert done.stderr.startswith(f"codexd: {rejected} was rejected: workdir /etc")
@@ -370,7 +370,7 @@ def test_follow(root: Root) -> None:
     id = root.submit()
     done = root.run("task", "follow", "--timeout", "1s", id)
     assert done.returncode == 75
-    assert f"task {id} running: /bin/bash -lc 'sleep 9'" in done.stdout
+    assert f"task {id} running: running: sleep 9\n" in done.stdout
     root.cancel(id)
     done = root.run("task", "follow", id)
     assert done.returncode == 1
@@ -476,7 +476,7 @@ def test_a_session_of_any_name(root: Root, name: str) -> None:
     assert name in [s["name"] for s in root.view.sessions()]
     assert root.run("session", "reset", "--", name).returncode == 0
     until(lambda: not root.view.session(name)["thread"], f"{name} reset")  # type: ignore[index]
-    assert not list(root.dirs.inbox.iterdir())
+    until(lambda: not list(root.dirs.inbox.iterdir()), "the control file to go")
     root.reaches(root.submit(session=name), "done")
     after = root.view.session(name)
     assert after is not None
@@ -616,7 +616,7 @@ def test_without_permission(tmp_path: Path) -> None:
             )
             assert (done.returncode, done.stdout, done.stderr) == (77, "", said), args
         root.dirs.inbox.chmod(0o770)
-        assert not list(root.dirs.inbox.iterdir())
+        until(lambda: not list(root.dirs.inbox.iterdir()), "an empty inbox")
 
 
 @pytest.mark.parametrize(
@@ -644,7 +644,6 @@ def test_help_and_version(root: Root) -> None:
         done = root.run(*words)
         assert done.returncode == 0
         assert done.stdout.startswith("usage: codexd")
-    assert cli.parser().parse_args(["ask", "x"]).text == "x"
 
 
 def test_a_reader_that_has_seen_enough(root: Root) -> None:
@@ -766,3 +765,14 @@ def test_ask_on_the_real_codex(tmp_path: Path) -> None:
             done = root.run("ask", "-o", "attempts=1", "[[400]]")
             assert (done.returncode, done.stdout) == (1, "")
             assert "failed (config): Invalid value: 'parameter'." in done.stderr
+
+
+def test_a_list_has_what_is_still_in_the_inbox(tmp_path: Path) -> None:
+    one = Daemon(tmp_path / "root")
+    one.dirs.inbox.mkdir()
+    done = one.run("task", "submit", "-", stdin="Say hello.\n")
+    id = done.stdout.strip()
+    assert "not serving" in done.stderr
+    (found,) = one.json("task", "list")
+    assert (found["id"], found["state"]) == (id, "queued")
+    assert one.json("task", "list", "--state", "done") == []

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from codexd import cli, codex, command, gate, policy, program
+from codexd import codex, command, gate, policy, program, usage
 from codexd.model import COST_KEYS, USAGE_KEYS, Kind, Note, State, Task, to_json
 from codexd.outcome import Outcome
 from tests import mdoc
@@ -106,7 +106,7 @@ def accepted(parser: argparse.ArgumentParser) -> dict[frozenset[str], str | None
 
 SHARED = accepted(program.shared())
 HELP = {frozenset({"-h", "--help"}): None}
-VERBS = dict(verbs(cli.parser()))
+VERBS = dict(verbs(usage.parser()))
 
 
 def of_verb(name: str) -> list[str]:
@@ -118,7 +118,7 @@ def test_every_verb_is_described() -> None:
 
 
 def test_options_for_all_verbs() -> None:
-    assert mdoc.options(part(mdoc.lines(COMMAND), "Sh", "OPTIONS")) == accepted(cli.parser())
+    assert mdoc.options(part(mdoc.lines(COMMAND), "Sh", "OPTIONS")) == accepted(usage.parser())
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -161,7 +161,7 @@ def test_commands_in_examples_are_understood(page: str) -> None:
     found = [m[1] for line in text if (m := re.match(r"(?:\.Dl | +)?\$ codexd ([^<|&#]*)", line))]
     assert found
     for line in found:
-        cli.parser().parse_args(shlex.split(re.sub(r"\$\(.*\)", "X", line)))
+        usage.parser().parse_args(shlex.split(re.sub(r"\$\(.*\)", "X", line)))
 
 
 @pytest.mark.parametrize("name", ["codexd-master", "codexd-http"])
