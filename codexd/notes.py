@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 LARGEST = 2 << 20  # bytes; a larger file is not a note
 OUTPUT = 64 << 20  # bytes a scanner may print
+COMPLAINTS = 100  # pieces of a scanner's stderr that are kept, each up to 64 KiB
 BATCH = 256  # names in one command, each up to 4 KiB
 _SEARCHED = re.compile(rb"\n(\d+) files searched\n(?:.*\n)*?(\d+) bytes searched\n")
 BOMS = (b"\xff\xfe", b"\xfe\xff")  # how a file in UTF-16 begins
@@ -239,22 +240,23 @@ def _child(argv: list[str], given: bytes, until: float) -> tuple[bytes, bytes]:
     """
     opened: list[int] = []
     try:
-        opened.append(os.memfd_create("pattern"))  # a pipe could fill before anybody reads
-        opened += (*os.pipe(), *os.pipe())
-        stdin, out, out_there, err, err_there = opened
+        # Files in memory, as a pipe would wake us for each note it writes about.
+        opened += (os.memfd_create("pattern"), os.memfd_create("matches"))
+        opened += os.pipe()
+        stdin, out, err, err_there = opened
         os.write(stdin, given)
         os.lseek(stdin, 0, os.SEEK_SET)
-        theirs = enumerate((stdin, out_there, err_there))
-        actions = [(os.POSIX_SPAWN_DUP2, fd, n) for n, fd in theirs]
+        actions = [(os.POSIX_SPAWN_DUP2, fd, n) for n, fd in enumerate((stdin, out, err_there))]
         pid = os.posix_spawn(
             argv[0], argv, {"LC_ALL": "C"}, file_actions=actions, setsigdef=[signal.SIGPIPE]
         )
     except OSError as why:
         _close(opened)
         raise ScanError(f"{argv[0]}: {why.strerror}") from why
-    _close((stdin, out_there, err_there))
+    _close((stdin, err_there))
     try:
-        return _drained(out, err, until)
+        said = _drained(err, out, until)
+        return os.pread(out, os.fstat(out).st_size, 0), said
     finally:
         _close((out, err))
         os.kill(pid, signal.SIGKILL)  # it has said all there is, or had its time
@@ -266,27 +268,27 @@ def _close(fds: Sequence[int]) -> None:
         os.close(fd)
 
 
-def _drained(out: int, err: int, until: float) -> tuple[bytes, bytes]:
-    """Both pipes to their ends.  Raises TimeoutError, also for too much output."""
-    got: dict[int, list[bytes]] = {out: [], err: []}
-    waiting, room = select.poll(), OUTPUT
-    for fd in got:
-        waiting.register(fd, select.POLLIN)
-    still = len(got)
-    while still:
+def _drained(err: int, out: int, until: float) -> bytes:
+    """What comes from `err` until its writer ends, while the file `out` does not grow too big.
+
+    Raises TimeoutError.
+    """
+    said: list[bytes] = []
+    waiting = select.poll()
+    waiting.register(err, select.POLLIN)
+    while True:
         left = until - monotonic()
         if left <= 0:
             raise TimeoutError
-        if room < 0:
+        if os.fstat(out).st_size > OUTPUT:
             raise TimeoutError(f"more than {OUTPUT >> 20} MiB of matches")
-        for fd, _ in waiting.poll(min(left, 60) * 1000):
-            data = os.read(fd, 1 << 20)
-            got[fd].append(data)
-            room -= len(data)
-            if not data:
-                waiting.unregister(fd)
-                still -= 1
-    return b"".join(got[out]), b"".join(got[err])
+        if not waiting.poll(min(left, 0.1) * 1000):
+            continue
+        data = os.read(err, 1 << 16)
+        if not data:
+            return b"".join(said)
+        if len(said) < COMPLAINTS:
+            said.append(data)
 
 
 def read(path: str) -> bytes:

@@ -8,6 +8,7 @@ that cannot be attempted at all.
 
 from __future__ import annotations
 
+import os
 import shutil
 
 from codexd import clock, place, prompt, session, transcript
@@ -84,7 +85,7 @@ class Orders:
                 "paths": list(config.memory.paths),
                 "hits": config.memory.hits,
                 "chars": config.memory.chars,
-                "rg": None,
+                "rg": _rg(self.keeper.binary),
             },
         }
 
@@ -99,6 +100,12 @@ class Orders:
         records = [r for r in transcript.last(path, 20) if not _asked(r, task.id)]
         said = prompt.summary(records, self.config.memory.chars)
         return f"{prompt.FRESH}\n\n{said}" if said else ""
+
+
+def _rg(binary: str) -> str | None:
+    """The rg on PATH, else the one that comes with the package of Codex."""
+    beside = os.path.join(os.path.dirname(os.path.dirname(binary)), "codex-path", "rg")
+    return shutil.which("rg") or (beside if os.access(beside, os.X_OK) else None)
 
 
 def _mapping(value: object) -> dict[str, object]:
