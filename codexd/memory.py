@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DEADLINE = 5.0  # seconds
 TOLD = 3  # problems that are told in full
-FILES, SHORTLIST = 40, 160  # files ranked by section; files ranked by size as well
+FILES, SHORTLIST = 30, 160  # files ranked by section; files ranked by size as well
 FLOOR = 200  # bytes; a shorter section is no better for being shorter
 W_FILE, W_PATH = 0.4, 0.3  # what its file's score and its path's words add to a section
 

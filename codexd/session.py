@@ -27,10 +27,15 @@ _LONGEST = 180  # bytes of a file's stem; the rest must hold an ending and an id
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One conversation.  `reported` is what Codex last said of the whole thread."""
+    """One conversation.  `reported` is what Codex last said of the whole thread.
+
+    `forgotten` is the thread of the last reset: a turn that still runs in it then
+    does not bring it back when it ends.
+    """
 
     name: str
     thread: str | None = None
+    forgotten: str | None = None
     created: str | None = None
     updated: str | None = None
     tasks: int = 0
@@ -106,7 +111,8 @@ def set_aside(directory: Path, name: str) -> Path:
 
 def forget(session: Session, now: str) -> Session:
     """The session with its thread forgotten: the next task begins a new one."""
-    return replace(session, thread=None, reported={}, updated=now)
+    gone = session.thread or session.forgotten
+    return replace(session, thread=None, forgotten=gone, reported={}, updated=now)
 
 
 def add(
@@ -128,7 +134,7 @@ def add(
     usage = {k: session.usage.get(k, 0) + used.get(k, 0) for k in USAGE_KEYS}
     return replace(
         session,
-        thread=thread or session.thread,
+        thread=thread if thread and thread != session.forgotten else session.thread,
         created=session.created or now,
         updated=now,
         applied=attempt,

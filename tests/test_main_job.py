@@ -88,13 +88,16 @@ def times_asked(model: CaseModel) -> Counter[tuple[str, str]]:
     return Counter(marks(turn.prompt)[-1] for turn in list(model.turns))
 
 
+def states(daemon: Daemon) -> Counter[str]:
+    return Counter(t["state"] for t in daemon.tasks())
+
+
 def test_two_hundred_files_over_twenty_sessions(daemon: Daemon, model: CaseModel) -> None:
     drop_all(daemon)
     check_all(daemon, model)
-    counts = Counter(t["state"] for t in daemon.tasks())
-    assert counts == {"done": SESSIONS * EACH}
+    until(lambda: states(daemon) == {"done": SESSIONS * EACH}, "the last lines of the ledger")
     assert len(model.turns) == SESSIONS * EACH
-    assert not list(daemon.dirs.tasks.iterdir())
+    until(lambda: not list(daemon.dirs.tasks.iterdir()), "everything in the archive")
     assert not list(daemon.dirs.inbox.iterdir())
 
 
@@ -117,6 +120,5 @@ def test_kill_everything_three_times_in_the_middle(daemon: Daemon, model: CaseMo
     check_all(daemon, model)
     times = times_asked(model)
     assert {mark: times[mark] for mark in settled} == settled  # none was asked for again
-    tasks = daemon.tasks()
-    assert Counter(t["state"] for t in tasks) == {"done": SESSIONS * EACH}
+    until(lambda: states(daemon) == {"done": SESSIONS * EACH}, "the last lines of the ledger")
     assert any("earlier attempt" in turn.prompt for turn in model.turns)
