@@ -32,7 +32,10 @@ class Controls:
         launcher: Processes,
         keeper: Keeper,
         finish: Finish,
+        refused: Callable[[OSError], None],
     ) -> None:
+        """`refused` is told what the host would not do."""
+        self.refused = refused
         self.dirs = config.dirs
         self.ledger = ledger
         self.launcher = launcher
@@ -49,8 +52,16 @@ class Controls:
         self.waiting = []
         if not found:
             return names
-        done = {name for name in found if self._obeyed(name, record)}
+        done = {name for name in found if self._tried(name, record)}
         return [name for name in names if name not in done]
+
+    def _tried(self, name: str, record: Record) -> bool:
+        """`_obeyed`; what the host refuses is tried again in the next round."""
+        try:
+            return self._obeyed(name, record)
+        except OSError as error:
+            self.refused(error)
+            return True
 
     def _obeyed(self, name: str, record: Record) -> bool:
         """Whether the intake need not look at this file."""
@@ -79,10 +90,12 @@ class Controls:
             return True
         task = self.ledger.book.tasks.get(target)
         if task is None:
-            return place.known(self.dirs, target)  # ended is as good as obeyed
-        record(self._change(task, verb))
-        if verb == "cancel" and task.state is State.RUNNING:
-            self.launcher.stop([target])
+            return place.has_ended(self.dirs, target)  # ended is as good as obeyed
+        try:
+            record(self._change(task, verb))
+        finally:  # also with a full disk, which this very task may be filling
+            if verb == "cancel" and task.state is State.RUNNING:
+                self.launcher.stop([target])
         if target not in self.ledger.book.tasks:
             place.archive(self.dirs, target)
         return True

@@ -57,5 +57,9 @@ def ready(tasks: Iterable[Task], gate: Gate, slots: int, active: Set[str]) -> li
     if not width:
         return []
     queued = [t for t in first.values() if t.state is State.QUEUED and t.id not in active]
-    queued.sort(key=lambda task: -task.priority)  # stable: then ledger order
+    if gate.is_open:
+        queued.sort(key=lambda task: -task.priority)  # stable: then ledger order
+    else:
+        # The task that met the reason may be the reason: let another find out.
+        queued.sort(key=lambda task: (task.launches, -task.priority))
     return queued[:width]

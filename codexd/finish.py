@@ -23,6 +23,7 @@ from codexd.outcome import Outcome
 
 _EVENTS_LIMIT = 512 << 20
 _NOTHING: tuple[object, ...] = (None, "", {})
+MEETINGS = 100  # starts of a task that meets a spent quota or a refused login each time
 _INLINE = 1 << 20  # bytes of an answer that still go into JSON
 
 
@@ -36,6 +37,7 @@ class Result:
     answer: str | None = None
     began: bool = True  # passed the at-most-once point
     ran: bool = True  # Codex ran
+    turned: bool = False  # a turn began: the model may have acted
     usage: Mapping[str, int] | None = None
     cost: Mapping[str, float] | None = None
 
@@ -107,6 +109,10 @@ class Finish:
         same is done again later.
         """
         found = self.result(task)
+        if found.outcome is Outcome.THREAD_LOST and found.turned:
+            # A turn in another thread than the one asked for: to begin again would
+            # do the work a second time.
+            found = replace(found, outcome=Outcome.UNKNOWN)
         if task.cancel and found.outcome is not Outcome.DONE:
             found = replace(found, outcome=Outcome.CANCELLED, message="cancelled on request")
         step = policy.after(
@@ -118,6 +124,8 @@ class Finish:
             cap=self.config.retry.cap,
             chance=(crc32(f"{task.id}/{task.launches}".encode()) % 1000) / 1000,
         )
+        if step.close and task.launches >= MEETINGS:
+            step = replace(step, kind=Kind.FAILED, counted=True)
         if step.kind is Kind.QUEUED and not found.began and task.interruptions:
             # The host cannot start it again and again: it may be short of something.
             retry = self.config.retry
@@ -261,6 +269,7 @@ def _checked(found: Mapping[str, object], task: Task) -> Result:
         thread=thread if isinstance(thread, str) and codex.is_thread_id(thread) else task.thread,
         answer=answer if isinstance(answer, str) else None,
         ran="exit_status" in found,
+        turned=bool(found.get("turn_started")),
         usage=_numbers(usage, USAGE_KEYS),
         cost=_numbers(cost, ("cpu_seconds", "memory_peak_bytes")),
     )

@@ -12,6 +12,7 @@ reason stands in memory alone, and is told in the heartbeat and the log.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -149,12 +150,13 @@ class Keeper:
             if seen == self._seen and now < self._ask_at:
                 return  # what it said stands: to ask costs a process
             if seen != self._seen or not self.binary:
-                self._seen, self._ask_at = seen, now + _LOOK
+                self._seen, self._ask_at = seen, math.inf
                 version = codex.version(binary, codex.environment(os.environ, self.home, []))
                 self.version = ".".join(map(str, version))
                 self.binary = binary
                 self.told("codex.found", bin=binary, version=self.version)
         except (codex.Missing, OSError) as problem:
+            self._ask_at = time.monotonic() + _LOOK  # from now: to ask may have taken long
             self.binary = self.version = ""
             self.close(CODEX, str(problem))
         else:

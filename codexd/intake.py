@@ -8,6 +8,7 @@ continued in a later round from inbox/.take-ID.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from codexd.document import UNPRINTABLE
 from codexd.ledger import Ledger
 from codexd.model import Event, Kind, Note, Request
 
+# What the host refuses to all files, not to one.
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE})
 BATCH = 64  # files a round: dispatch must not wait for a flood of drops
 
 Log = Callable[..., None]
@@ -49,7 +52,15 @@ class Repeat(Exception):
 class Intake:
     """Takes settled files, a batch a round."""
 
-    def __init__(self, config: Config, ledger: Ledger, settled: spool.Settled) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ledger: Ledger,
+        settled: spool.Settled,
+        refused: Callable[[OSError], None],
+    ) -> None:
+        """`refused` is told what the host would not do."""
+        self.refused = refused
         self.config = config
         self.dirs = config.dirs
         self.ledger = ledger
@@ -69,9 +80,10 @@ class Intake:
         claimed = spool.claim(self.dirs, pairs) if pairs else []
         for _, name in pairs:
             self.settled.forget(name)
-        ids = [*leftover[:BATCH], *claimed]
         wanted = dict(reversed(pairs))  # of two files with one id the first was taken
-        events = [self._examine(id, wanted.get(id)) for id in ids]
+        looked = [(id, self._look(id, wanted.get(id))) for id in [*leftover[:BATCH], *claimed]]
+        ids = [id for id, found in looked if not isinstance(found, OSError)]
+        events = [found for _, found in looked if not isinstance(found, OSError)]
         fresh = [e for id, e in zip(ids, events, strict=True) if e and id not in self._unsettled]
         self.ledger.append(fresh)
         self._unsettled.update(zip(ids, events, strict=True))
@@ -80,12 +92,22 @@ class Intake:
             del self._unsettled[id]
         return fresh
 
+    def _look(self, id: str, name: str | None) -> Event | OSError | None:
+        """`_examine`, but an error of this one file's stays with it, for a later round."""
+        try:
+            return self._examine(id, name)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            self.refused(error)
+            return error
+
     def _id_for(self, name: str) -> str:
         wanted = spool.wanted_id(name)
         return wanted if wanted and not self._used(wanted) else spool.new_id()
 
     def _used(self, id: str) -> bool:
-        return id in self.ledger.book.tasks or place.known(self.dirs, id)
+        return id in self.ledger.book.tasks or place.has_ended(self.dirs, id)
 
     def _examine(self, id: str, name: str | None) -> Event | None:
         """The ledger event for a claimed file; None if it is a task already."""
@@ -179,12 +201,18 @@ class Intake:
         except ValueError as damage:
             text = f"the record of key {key!r} is damaged: {damage}; move it away"
             raise Refusal(text) from damage
+        if found and found.id != id and not self._is_task(found.id):
+            found = None  # its file vanished before it became a task
         if found is None:
             place.remember_key(self.dirs, key, place.Keyed(id, sha256))
         elif found.id != id:
             if found.sha256 != sha256:
                 raise Conflict(found.id, key)
             raise Repeat(found.id, key)
+
+    def _is_task(self, id: str) -> bool:
+        """Whether it is one, or becomes one in this very batch."""
+        return self._used(id) or (self.dirs.tasks / id / "task.json").exists()
 
     def _record(self, id: str, name: str, request: Request, of: str | None, now: str) -> Event:
         record: dict[str, object] = {

@@ -28,6 +28,7 @@ from pathlib import Path
 from codexd import lock
 from codexd.model import is_id
 
+PATIENCE = 10.0  # seconds for what cannot be killed; then it no longer takes a slot
 _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 # -I -S: no site-packages, no user site; half of a worker's start-up time.
 _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from codexd.worker import main; main()"
@@ -98,7 +99,7 @@ class Processes:
         for id in list(self._strays):
             if lock.is_held(self._path(id)):
                 self._signal_holders(id, signal.SIGKILL)
-            elif not self._bereft:
+            elif not self._bereft or time.monotonic() - self._strays[id] > PATIENCE:
                 self._forget(self._strays, id)
         return working | self._strays.keys()
 

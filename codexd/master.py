@@ -38,11 +38,8 @@ from codexd.service import Level, Service
 
 SCAN = 3.0  # seconds between looks into the inbox without a hint
 STOP = 12.0  # seconds for workers to end with the daemon
+PATIENCE = 2.0  # seconds more for what was killed; a process may hang in the kernel
 _CHECKPOINT = 4 << 20  # bytes of ledger after which the short cut is renewed
-_HOST = frozenset({
-    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE,
-    errno.EACCES, errno.EPERM, errno.ENOENT,
-})  # fmt: skip
 
 
 class Master:
@@ -57,15 +54,18 @@ class Master:
         self.watch = spool.Watch(self.dirs.inbox, self.settled, service.wake)
         self.launcher = Processes(self.dirs.tasks, self.dirs.run, service.bell)
         self.keeper = Keeper(config, self.ledger, self.note)
-        self.intake = Intake(config, self.ledger, self.settled)
+        self.intake = Intake(config, self.ledger, self.settled, self.refused)
         self.finish = Finish(config, self.warn)
-        self.controls = Controls(config, self.ledger, self.launcher, self.keeper, self.finish)
+        self.controls = Controls(
+            config, self.ledger, self.launcher, self.keeper, self.finish, self.refused
+        )
         self.orders = Orders(config, self.keeper, self.finish)
         self.trouble: str | None = None  # what the host refused in the last round
         self._told: set[str] = set()  # and what was logged of it
         self.stop_at: float | None = None
         self.beside: Callable[[], None] | None = None  # what else this process tends
         self._wake_at: dict[str, float] = {}
+        self._ended: set[str] = set()  # to be moved to the archive
         self._next_checkpoint = 0.0
 
     def warn(self, event: str, **fields: object) -> None:
@@ -129,12 +129,7 @@ class Master:
         if self.service.stopping:
             return self._stop(now)
         self.trouble = None
-        try:
-            self.round(now)
-        except OSError as error:
-            if not isinstance(error, LedgerFull) and error.errno not in _HOST:
-                raise
-            self.refused(error)
+        self.round(now)
         self.beat()
         if not self.trouble:
             self._told.clear()
@@ -150,24 +145,36 @@ class Master:
             self.service.log(Level.ERROR, "host.refuses", what=self.trouble)
 
     def round(self, now: float) -> None:
+        """Everything there is to do.  What the host refuses holds up only its own part."""
+        self.intake.more = self.intake.full = False
+        for part in (
+            self.keeper.look,
+            self.take,
+            self.collect,
+            self.awake,
+            self.dispatch,
+            self.tend,
+        ):
+            try:
+                part(now)
+            except OSError as error:
+                self.refused(error)
+
+    def take(self, now: float) -> None:
+        """Obey control files, accept task files."""
         self.watch.tend()
         names, leftover = spool.scan(self.dirs.inbox)
         self.settled.prune(names)
         names = self.controls.obey(names, self.record)
-        self.keeper.look(now)
         if DISK not in self.keeper.closed:
             for event in self.intake.take(names, leftover, now):
                 self.say(event)
             # Before they can start: cancelled or held, they must not cost a turn.
             self.controls.obey(self.controls.waiting, self.record)
-        self.collect()
-        self.awake(now)
-        self.dispatch(now)
-        self.tend(now)
 
     # --- attempts that ended ------------------------------------------------------
 
-    def collect(self) -> None:
+    def collect(self, now: float) -> None:
         """Judge every attempt that has ended.
 
         With its result at once, for Codex ended before that; without one only
@@ -183,7 +190,7 @@ class Master:
         finished = [f for f in map(self._judged, ended) if f]
         self.record([f.event for f in finished])
         for one in finished:
-            self._after(one)
+            self._after(one, now)
 
     def _judged(self, task: Task) -> Finished | None:
         """What its attempt came to; None while a file of its own is in the way."""
@@ -196,15 +203,15 @@ class Master:
     def _has_result(self, task: Task) -> bool:
         return (place.attempt(self.dirs, task.id, task.launches) / "result.json").exists()
 
-    def _after(self, one: Finished) -> None:
+    def _after(self, one: Finished, now: float) -> None:
         if one.close:
             self.keeper.met(one.outcome, one.message)
         elif one.outcome in (Outcome.DONE, Outcome.NO_ANSWER):
             self.keeper.passed()
         if one.event.id not in self.ledger.book.tasks:
-            place.archive(self.dirs, one.event.id)
+            self._ended.add(one.event.id)
         elif one.delay:
-            self._wake_at[one.event.id] = time.monotonic() + one.delay
+            self._wake_at[one.event.id] = now + one.delay
 
     def awake(self, now: float) -> None:
         """Tasks whose pause is over go back to the queue."""
@@ -229,13 +236,21 @@ class Master:
         active = self.launcher.active()
         gate = self.keeper.gate(now)
         chosen = dispatch.ready(self.ledger.book.tasks.values(), gate, self.config.workers, active)
-        events = [self.orders.order(task) for task in chosen]
+        events = [e for e in map(self._ordered, chosen) if e]
         self.record(events)
         for event in events:
             if event.kind is Kind.RUNNING:
                 self._launch(event.id)
-            elif event.id not in self.ledger.book.tasks:
-                place.archive(self.dirs, event.id)
+            else:
+                self._ended.add(event.id)
+
+    def _ordered(self, task: Task) -> Event | None:
+        """The event that begins its attempt; None while a file of its own is in the way."""
+        try:
+            return self.orders.order(task)
+        except OSError as error:
+            self.refused(error)
+            return None
 
     def _launch(self, id: str) -> None:
         try:
@@ -248,7 +263,13 @@ class Master:
     # --- the rest ---------------------------------------------------------------------
 
     def tend(self, now: float) -> None:
-        """A checkpoint now and then, so that the next start is short."""
+        """What ended goes to the archive; a checkpoint, so that the next start is short."""
+        for id in sorted(self._ended):
+            try:
+                place.archive(self.dirs, id)
+                self._ended.discard(id)
+            except OSError as error:
+                self.refused(error)
         if self.ledger.unmarked >= _CHECKPOINT and now >= self._next_checkpoint:
             self._next_checkpoint = now + 10.0
             try:
@@ -304,10 +325,10 @@ class Master:
         elif active and now >= self.stop_at:
             self.launcher.kill(active)
             active = self.launcher.active()
-        if active:
+        if active and now < self.stop_at + PATIENCE:
             return 0.1
         try:
-            self.collect()
+            self.collect(now)
             self.record([Event(clock.now(), Note.STOPPED)])
             self.ledger.checkpoint()
         except OSError as error:

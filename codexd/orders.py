@@ -34,7 +34,7 @@ class Orders:
         try:
             record = place.load(self.dirs, task.id)
             request = Request.from_json(_mapping(record["request"]))
-        except (OSError, ValueError, KeyError, TypeError) as damage:
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as damage:
             return self._cannot(task, f"its record tasks/{task.id}/task.json is damaged: {damage}")
         thread = self._thread(task, request)
         if request.resume is Resume.ALWAYS and thread is None:

@@ -118,6 +118,11 @@ def status(dirs: Directories, id: str) -> dict[str, object] | None:
     return None
 
 
+def has_ended(dirs: Directories, id: str) -> bool:
+    """`known`, or its last word is written and it only has to be moved."""
+    return known(dirs, id) or (dirs.tasks / id / "status.json").exists()
+
+
 def known(dirs: Directories, id: str) -> bool:
     """Whether an ended task has this id."""
     return archived(dirs, id).is_dir()

@@ -11,6 +11,7 @@ with it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Mapping
@@ -35,7 +36,6 @@ class Session:
 
     name: str
     thread: str | None = None
-    forgotten: str | None = None
     created: str | None = None
     updated: str | None = None
     tasks: int = 0
@@ -44,6 +44,7 @@ class Session:
     usage: Mapping[str, int] = field(default_factory=dict)
     used: Mapping[str, int] = field(default_factory=dict)  # by the applied attempt
     reported: Mapping[str, int] = field(default_factory=dict)
+    forgotten: str | None = None
 
 
 def stem(name: str) -> str:
@@ -66,6 +67,10 @@ def load(directory: Path, name: str) -> Session:
         data = durable.read_json(directory / f"{stem(name)}.json", _LIMIT)
     except FileNotFoundError:
         return Session(name)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"session {name}: its file is a symbolic link") from error
+        raise
     return _checked(name, data)
 
 
@@ -93,7 +98,7 @@ def _checked(name: str, data: Mapping[str, object]) -> Session:
     return Session(
         name, text("thread"), text("created"), text("updated"), number("tasks"),
         text("applied"), number("transcript"),
-        totals("usage"), totals("used"), totals("reported"),
+        totals("usage"), totals("used"), totals("reported"), text("forgotten"),
     )  # fmt: skip
 
 
@@ -112,7 +117,7 @@ def set_aside(directory: Path, name: str) -> Path:
 def forget(session: Session, now: str) -> Session:
     """The session with its thread forgotten: the next task begins a new one."""
     gone = session.thread or session.forgotten
-    return replace(session, thread=None, forgotten=gone, reported={}, updated=now)
+    return replace(session, thread=None, forgotten=gone, updated=now)
 
 
 def add(
@@ -126,7 +131,7 @@ def add(
     """
     if session.applied == attempt:
         return session
-    same = thread is not None and thread == session.thread
+    same = thread is not None and thread == (session.thread or session.forgotten)
     before = session.reported if same else {}
     if any(reported[k] < before.get(k, 0) for k in reported):
         before = {}

@@ -268,8 +268,11 @@ class _Kept:
 
     def add(self, data: bytes) -> None:
         if self._left > 0:
-            durable.write_all(self._fd, data[: self._left])
-            self._left -= len(data)
+            try:
+                durable.write_all(self._fd, data[: self._left])
+                self._left -= len(data)
+            except OSError:
+                self._left = 0  # a full disk: the turn goes on, for its answer is read apart
 
     def close(self) -> None:
         os.close(self._fd)

@@ -543,7 +543,7 @@ def test_a_damaged_record_of_a_key_harms_only_its_own_tasks(daemon: Mortal) -> N
 def test_a_damaged_record_of_an_ended_task_cannot_be_retried(daemon: Mortal) -> None:
     daemon.drop("ended.md", "x")
     id = daemon.answer("ended")[0]["id"]
-    (home,) = daemon.dirs.archive.glob(f"*/{id}")
+    (home,) = until(lambda: list(daemon.dirs.archive.glob(f"*/{id}")), "the archive")
     (home / "task.json").write_text('{"request": {"prompt": 5, "sandbox": "none"}}')
     (daemon.dirs.inbox / f"{id}.retry").touch()
     assert daemon.reason(f"{id}.retry").startswith(f"the record of task {id} is damaged: ")

@@ -162,3 +162,12 @@ class Queue(RuleBasedStateMachine):
 
 TestQueue = Queue.TestCase
 TestQueue.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def test_a_closed_gate_is_tried_by_another_than_who_closed_it() -> None:
+    met = Task("20260101t000000-aaaaaaaaaa", priority=9, launches=1, file="a")
+    other = Task("20260101t000000-bbbbbbbbbb", priority=0, file="b")
+    gate = Gate({"auth": {}}, frozenset({"auth"}))
+    assert ready([met, other], gate, 4, set()) == [other]
+    assert ready([met], gate, 4, set()) == [met]
+    assert ready([met, other], Gate({}), 4, set()) == [met, other]

@@ -238,7 +238,7 @@ def test_nothing_is_left_running_by_what_was_stopped(daemon: Daemon) -> None:
     for name in ("hang", "hangsse", "timeout", "slow"):
         daemon.answer(name, 60)
         gone(id_of(daemon, f"{name}.md"))
-    assert not naming("sleep 7301")
+    until(lambda: not naming("sleep 7301"), "the end of what was left running")
 
 
 def test_a_retry_resumes_the_thread_and_has_the_whole_task(
@@ -516,7 +516,7 @@ def test_only_the_task_that_met_it_goes_back_and_the_others_wait(
     assert health(gated)["status"] == "ok"
     assert gated.run("status").returncode == 0
     order = [model.asked(f"{name} {one}")[-1].number for one in ("a", "b", "c")]
-    assert order[0] == min(order)  # one task finds out before the others start
+    assert order[1] == min(order)  # another than the one that met it finds out
 
 
 def open_again(daemon: Daemon, model: CaseModel, reason: str) -> None:

@@ -186,6 +186,15 @@ def test_a_thread_that_was_never_told_stays() -> None:
 def test_forget_leaves_the_totals() -> None:
     known = session.add(Session("web"), "x/1", "T", tokens(100), AT)
     after = session.forget(known, LATER)
-    assert (after.thread, after.reported, after.updated) == (None, {}, LATER)
+    assert (after.thread, after.updated) == (None, LATER)
     assert after.usage == known.usage
     assert session.add(after, "x/2", "U", tokens(30), LATER).usage["input_tokens"] == 130
+
+
+def test_a_turn_that_outlives_a_reset_does_not_undo_it() -> None:
+    known = session.add(Session("web"), "x/1", "T", tokens(100), AT)
+    after = session.add(session.forget(known, LATER), "x/2", "T", tokens(120), LATER)
+    assert after.thread is None
+    assert after.used["input_tokens"] == 20
+    begun = session.add(after, "x/3", "U", tokens(5), LATER)
+    assert (begun.thread, begun.used["input_tokens"]) == ("U", 5)
