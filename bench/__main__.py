@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import sys
 
-from bench import drop, replay, start
+from bench import drop, memory, replay, start
 
-BENCHES = {"drop": drop.run, "replay": replay.run, "start": start.run}
+BENCHES = {"drop": drop.run, "replay": replay.run, "start": start.run, "memory": memory.run}
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """Memory search over one `rg -c` of a word, and, for a labelled corpus, how good it is.
 
-`python -m bench memory` writes trees of 1,000, 2,700 and 10,000 notes of about
-6 KB and times short and long prompts against one `rg -c` of one word.
+`python -m bench memory` makes trees of 1,000, 2,700 and 10,000 notes of 6 KB and
+times short and long prompts against one `rg -c` of one word.
 
 `python -m bench.memory CORPUS QUERIES [STEP]` scores a corpus instead: QUERIES
 is JSON, a list of {fam, text, gold: [[path, first line, last line], …]}; every
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,53 +27,44 @@ from statistics import mean
 
 from bench.measure import Ratio, compare, timed
 from codexd import memory
-from codexd.relevance import B, K1, terms
+from codexd.relevance import K1, B, terms
 
 SIZES = (1000, 2700, 10_000)
-DISTINCT = 1000  # notes written; larger trees have copies
-ROUNDS = 15
+NOTE = 6000  # characters
+ROUNDS = 21
 SHORT, LONG = 4.0, 12.0  # the goals
 RG = ("rg", "--no-config", "-uuu", "-g", "*.md", "-c")
+_SENTENCE = re.compile(r'^ +"""([A-Z][^"\n]*\.)(?:"""|\n)', re.MULTILINE)
 
 
 # --- time ----------------------------------------------------------------------------
 
 
-class Words:
-    """Made-up words, as unevenly frequent as real ones."""
+class Texts:
+    """Real words in their real numbers: Python's own library, cut into notes."""
 
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "en", "ar")]
-        sizes = self.random.choices((1, 2, 3, 4), (1, 6, 6, 2), k=30_000)
-        made = ("".join(self.random.choices(syllables, k=n)) for n in sizes)
-        self.words = list(dict.fromkeys(made))
-        self.weights = [1 / (rank + 3) for rank in range(len(self.words))]
+    def __init__(self) -> None:
+        top = Path(json.__file__).parent.parent
+        files = [p for p in sorted(top.rglob("*.py")) if not {"test", "site-packages"} & {*p.parts}]
+        whole = [path.read_text(errors="replace") for path in files]
+        self.notes = [text[i : i + NOTE] for text in whole for i in range(0, len(text), NOTE)]
+        random.Random(1).shuffle(self.notes)
+        asked = [line for text in whole for line in _SENTENCE.findall(text)]
+        self.prompts = sorted({line for line in asked if 6 <= len(line.split()) <= 20})
+        random.Random(2).shuffle(self.prompts)
 
-    def text(self, count: int) -> str:
-        found = self.random.choices(self.words, self.weights, k=count)
-        return "\n".join(" ".join(found[i : i + 12]) for i in range(0, count, 12))
+    def write(self, place: Path, count: int) -> None:
+        for i in range(count):
+            directory = place / f"{i % 40}"
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / f"{i}.md").write_text(self.notes[i % len(self.notes)])
 
-    def note(self) -> str:
-        return "\n\n".join(f"## {self.text(3)}\n\n{self.text(120)}" for _ in range(8))
+    def short(self) -> list[str]:
+        return self.prompts[:ROUNDS]
 
-    def rare(self) -> str:
-        return self.words[self.random.randrange(200, 5000)]
-
-    def short(self) -> str:
-        return " ".join([self.rare() for _ in range(4)] + [self.text(4)])
-
-    def long(self) -> str:
-        pasted = "\n\n".join(self.text(40) for _ in range(12))
-        return f"{self.short()}\n\n{pasted}"
-
-
-def _write(words: Words, place: Path, count: int) -> None:
-    made = [words.note() for _ in range(DISTINCT)]
-    for i in range(count):
-        directory = place / f"{i % 40}"
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"{i}.md").write_text(made[i % DISTINCT])
+    def long(self) -> list[str]:
+        pasted = zip(self.prompts[ROUNDS:], self.notes[-ROUNDS:], strict=False)
+        return [f"{prompt}\n\n{note[:3000]}" for prompt, note in pasted]
 
 
 def _searching(place: Path, prompts: Sequence[str]) -> Callable[[], float]:
@@ -82,27 +74,25 @@ def _searching(place: Path, prompts: Sequence[str]) -> Callable[[], float]:
     )
 
 
-def _counting(place: Path, prompts: Sequence[str]) -> Callable[[], float]:
-    turn = cycle(prompts)
+def _counting(place: Path) -> Callable[[], float]:
     return lambda: timed(
         lambda: subprocess.run(
-            [*RG, "-e", max(next(turn).split()[:4], key=len), str(place)],
+            [*RG, "return", str(place)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False,
         )
     )  # fmt: skip
 
 
 def run() -> Iterator[Ratio]:
-    words = Words(1)
+    texts = Texts()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as top:
         for size in SIZES:
             place = Path(top) / str(size)
-            _write(words, place, size)
-            for kind, goal, prompt in (("short", SHORT, words.short), ("long", LONG, words.long)):
-                prompts = [prompt() for _ in range(ROUNDS)]
+            texts.write(place, size)
+            for kind, goal, made in (("short", SHORT, texts.short), ("long", LONG, texts.long)):
                 yield compare(
                     f"memory search, {kind} prompt, {size} notes / one rg -c of a word", goal,
-                    _searching(place, prompts), _counting(place, prompts), ROUNDS,
+                    _searching(place, made()), _counting(place), ROUNDS,
                 )  # fmt: skip
 
 
@@ -183,4 +173,4 @@ def score(corpus: Path, queries: Path, step: int) -> None:
 
 
 if __name__ == "__main__":
-    score(Path(sys.argv[1]), Path(sys.argv[2]), int((*sys.argv, "1")[3]))
+    score(Path(sys.argv[1]).resolve(), Path(sys.argv[2]), int((*sys.argv, "1")[3]))

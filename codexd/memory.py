@@ -140,7 +140,7 @@ def _best_files(scorer: Scorer, scan: notes.Scan) -> list[tuple[float, str]]:
         try:
             size = os.lstat(path).st_size
         except OSError:
-            continue
+            continue  # gone since it was searched
         found.append((scorer.score(scan.tallies[path], size / average), path))
     return sorted(found, key=lambda f: (-f[0], f[1]))[:FILES]
 
@@ -156,8 +156,6 @@ def _rank(
             break
         try:
             note = notes.read(path)
-        except FileNotFoundError:
-            continue  # gone since it was searched
         except OSError as err:
             problems.append(f"{path}: {err.strerror}")
             continue
