@@ -60,10 +60,10 @@ FAILING: dict[str, tuple[str, str, str, int, str]] = {
     ),
     "slow": ("timeout: 4s", "[[hang]]", "timeout", 1, r"The task's time was used up; last seen: "),
     "empty": ("", "[[empty]]", "no-answer", 1, r"Codex completed the turn without a message\."),
-    "workdir": ("workdir: nowhere", "x", "config", 1, r"workdir .*/work/nowhere does not exist"),
+    "workdir": ("workdir: nowhere", "x", "config", 1, r"workdir .*nowhere does not exist"),
     "not-a-directory": ("workdir: file", "x", "config", 1, r"workdir .*/file is not a directory"),
     "link": ("workdir: link", "x", "config", 1, r"workdir .* is not below a configured root \(/"),
-    "image": ("images: [no.png]", "x", "config", 1, r"image .*/work/no.png does not exist"),
+    "image": ("images: [no.png]", "x", "config", 1, r"image .*no.png does not exist"),
     "comma": ('images: ["a,b.png"]', "x", "config", 1, r"an image with a comma in its path: .*a,b"),
     "always": (
         "resume: always", "x", "config", 0, r"resume: always, but session \S+ has no thread yet",

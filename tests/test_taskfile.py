@@ -29,7 +29,7 @@ key: nightly/2026-11-23
 title: 'Links: the pricing page'
 images: [a.png, /tmp/b.png]
 add_dirs:
-  - ../shared docs
+  - ../other docs
 output_schema: schema.json
 memory: off
 """
@@ -48,7 +48,7 @@ ASKED = Request(
     key="nightly/2026-11-23",
     title="Links: the pricing page",
     images=("a.png", "/tmp/b.png"),
-    add_dirs=("../shared docs",),
+    add_dirs=("../other docs",),
     output_schema="schema.json",
     memory=False,
 )
@@ -79,7 +79,7 @@ def test_keys_are_the_fields_of_a_request() -> None:
             '"model": "gpt-5.5", "profile": "fast", "sandbox": "read-only", "resume": "never",'
             '"timeout": "30m", "idle_timeout": 90, "priority": 0, "attempts": 20,'
             '"key": "nightly/2026-11-23", "title": "Links: the pricing page",'
-            '"images": ["a.png", "/tmp/b.png"], "add_dirs": ["../shared docs"],'
+            '"images": ["a.png", "/tmp/b.png"], "add_dirs": ["../other docs"],'
             '"output_schema": "schema.json", "memory": "off"}',
         ),
     ],
