@@ -1,6 +1,7 @@
 # make demo   drop a task file, let the real Codex CLI run it, show the answer: no account needed
 # make test   run the tests
 # Both do all the set-up, into .venv; the second time it costs nothing.
+# make deb    build the Debian package, into dist/: on Debian 12 or newer, or Ubuntu 24.04
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ READY := $(VENV)/.ready
 # What a test run takes besides: make test TESTS='tests/test_ledger.py -x'
 TESTS ?= -n auto --dist loadgroup
 
-.PHONY: venv demo test lint bench clean
+.PHONY: venv demo test lint bench deb clean
 
 venv: $(READY)
 
@@ -40,6 +41,26 @@ lint: $(READY)
 
 bench: $(READY)
 	$(VENV)/bin/python -m bench
+
+# From a copy, so that nothing is left in the tree; by the system's Python, not that of a venv.
+DIST ?= dist
+BUILD ?= build/deb
+SHIPPED := codexd config debian man systemd LICENSE NEWS README.md pyproject.toml setup.cfg
+
+deb: export PATH := /usr/sbin:/usr/bin:/sbin:/bin
+deb:
+	@command -v dpkg-buildpackage >/dev/null || { \
+	    echo 'make deb: on Debian and Ubuntu: sudo apt-get install dpkg-dev' >&2; exit 1; }
+	@missing=$$(dpkg-checkbuilddeps debian/control 2>&1 | \
+	    sed -n 's/ ([^)]*)//g; s/.*Unmet build dependencies: //p') && \
+	    { test -z "$$missing" || { \
+	    echo "make deb: missing; sudo apt-get install $$missing" >&2; exit 1; }; }
+	@rm -rf '$(BUILD)' && mkdir -p '$(BUILD)/codexd' '$(DIST)'
+	@tar --create --exclude=__pycache__ $(SHIPPED) | \
+	    tar --extract --no-same-owner --directory='$(BUILD)/codexd'
+	@cd '$(BUILD)/codexd' && dpkg-buildpackage --build=binary --no-sign >../log 2>&1 || { \
+	    cat ../log >&2; exit 1; }
+	@mv '$(BUILD)'/*.deb '$(DIST)'/ && rm -rf '$(BUILD)' && ls '$(DIST)'/*.deb
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from codexd import config, report, taskfile
 from codexd.ledger import LedgerBroken
+from codexd.lock import Locked
 from codexd.model import State
 from codexd.program import Exit, directories, load
 from codexd.submit import (
@@ -179,6 +180,27 @@ def status(args: argparse.Namespace) -> int:
     return Exit.DONE if well else Exit.UNAVAILABLE
 
 
+def usage(args: argparse.Namespace) -> int:
+    found = View(directories(args)).usage(args.by)
+    report.dump(found) if hasattr(args, "json") else report.used(args.by, found)
+    return Exit.DONE
+
+
+def gc(args: argparse.Namespace) -> int:
+    from codexd import sweep
+
+    try:
+        found, problems = (sweep.listed if args.dry_run else sweep.at_once)(load(args))
+    except Locked:
+        why = "a daemon serves here, and removes what is old by itself, once a day"
+        raise Trouble(Exit.UNAVAILABLE, f"{why}; codexd gc --dry-run lists it") from None
+    told = [{"kind": o.kind, "path": str(o.paths[0]), "bytes": o.bytes} for o in found]
+    report.dump(told) if hasattr(args, "json") else report.removed(told)
+    for problem in problems:
+        print(f"codexd: {report.clean(_said(problem))}", file=sys.stderr)
+    return Exit.FAILED if problems else Exit.DONE
+
+
 def check(args: argparse.Namespace) -> int:
     found = [_checked(args, name) for name in args.files]
     if hasattr(args, "json"):
@@ -213,8 +235,8 @@ def _checked(args: argparse.Namespace, name: str) -> Json:
 RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     one.__name__: one
     for one in (
-        ask, check, control, follow, gate, memory, selftest, serve, session_list, session_reset,
-        session_show, show, status, submit, task_list, wait,
+        ask, check, control, follow, gate, gc, memory, selftest, serve, session_list, session_reset,
+        session_show, show, status, submit, task_list, usage, wait,
     )
 }  # fmt: skip
 

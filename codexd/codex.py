@@ -1,8 +1,9 @@
-"""The Codex CLI: where it is, how it is called, and what it leaves in CODEX_HOME.
+"""The Codex CLI: where it is and how it is called.
 
 This room is all that knows the CLI.  Its door is this file; behind it are
-`command` (how it is called), `events` (what it prints), `verdict` (what that
-comes to) and `quota` (when to try again).  It starts nothing itself but `codex --version`.
+`command` (how it is called), `events` (what it prints), `rollout` (what it
+leaves in CODEX_HOME), `verdict` (what that comes to) and `quota` (when to try
+again).  It starts nothing itself but `codex --version`.
 
 May fail with `Missing` or `TooOld` when there is no Codex to call, and with
 ValueError for an argument that Codex could only misunderstand.
@@ -11,22 +12,23 @@ Lean: the worker uses it.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 
 from codexd.command import argv, environment, is_thread_id
-from codexd.events import THREAD_PATTERN, Reader, as_text
+from codexd.events import Reader
 from codexd.quota import retry_at
+from codexd.rollout import Meter, newest_rollout_thread, rollout_message, rollouts, spent, tokens
 from codexd.verdict import classify, judge, sentence
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from typing import Any
 
 __all__ = [
     "MINIMUM",
+    "Meter",
     "Missing",
     "Reader",
     "TooOld",
@@ -40,7 +42,10 @@ __all__ = [
     "newest_rollout_thread",
     "retry_at",
     "rollout_message",
+    "rollouts",
     "sentence",
+    "spent",
+    "tokens",
     "version",
 ]
 
@@ -51,10 +56,6 @@ _INSTALL = (
 )
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
-
-_ROLLOUT = rf"rollout-.*-({THREAD_PATTERN})\.jsonl"
-_ROLLOUTS = 200_000  # directory entries looked at
-_TAILS = (1 << 18, 1 << 25)  # bytes read from the end of a rollout, in turn
 
 
 class Missing(Exception):
@@ -189,84 +190,3 @@ def env_keys(config_toml_text: str) -> list[str]:
             headers = provider.get("env_http_headers")
             names += headers.values() if isinstance(headers, dict) else ()
     return sorted({n for n in names if isinstance(n, str) and re.fullmatch(_NAME, n)})
-
-
-# --- what it leaves -----------------------------------------------------------
-
-
-def _rollouts(home: str) -> Iterator[tuple[os.DirEntry[str], str]]:
-    """Every rollout below `home` with its thread id, newest directory first."""
-    stack, seen = [os.path.join(home, "sessions")], 0
-    while stack:
-        with os.scandir(stack.pop()) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-        for entry in entries:
-            seen += 1
-            if seen > _ROLLOUTS:
-                return
-            if entry.is_dir(follow_symlinks=False):
-                stack.append(entry.path)
-            elif entry.is_file(follow_symlinks=False) and (
-                name := re.fullmatch(_ROLLOUT, entry.name)
-            ):
-                yield entry, name[1].lower()
-
-
-def rollout_message(home: str, thread: str) -> str | None:
-    """The last message of the thread's last turn, from its rollout in CODEX_HOME `home`.
-
-    None if there is no rollout, if it cannot be read, or if a later turn was
-    begun and not ended: then the message would be an older turn's answer.
-    """
-    try:
-        for entry, name in _rollouts(home):
-            if name == thread.lower():
-                return _last_message(entry.path)
-    except OSError:
-        return None  # this is the fallback: what it cannot read is not known
-    return None
-
-
-def _last_message(path: str) -> str | None:
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        for tail in _TAILS:
-            start = max(0, size - tail)
-            file.seek(start)
-            lines = file.read(tail).split(b"\n")
-            for line in reversed(lines[1:] if start else lines):
-                payload = _turn_event(line)
-                if payload is not None:
-                    message = as_text(payload.get("last_agent_message"))
-                    return message if payload["type"] == "task_complete" and message else None
-            if not start:
-                return None
-    return None
-
-
-def _turn_event(line: bytes) -> dict[str, Any] | None:
-    """The payload of a rollout line that begins or ends a turn."""
-    if b'"task_complete"' not in line and b'"task_started"' not in line:
-        return None
-    try:
-        record = json.loads(line.decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        return None  # the last line may be torn
-    payload = record.get("payload") if isinstance(record, dict) else None
-    if not isinstance(payload, dict) or record.get("type") != "event_msg":
-        return None
-    return payload if payload.get("type") in ("task_complete", "task_started") else None
-
-
-def newest_rollout_thread(home: str, since: float) -> str | None:
-    """The thread whose rollout was written at or after `since` (epoch seconds).
-
-    For streams that never name their thread.  None also if several were: all
-    workers share CODEX_HOME, and a guess could continue somebody else's thread.
-    Raises OSError if CODEX_HOME cannot be read.
-    """
-    try:
-        written = {thread for entry, thread in _rollouts(home) if entry.stat().st_mtime >= since}
-    except FileNotFoundError:
-        return None
-    return written.pop() if len(written) == 1 else None

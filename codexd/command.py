@@ -17,6 +17,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+PROFILE = "codexd"  # the file codexd.config.toml in CODEX_HOME; see `profile`
+PERMISSIONS = "codexd-"  # begins the names of the permission profiles in it
+
 _PASSED = frozenset([
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ", "TERM", "TMPDIR",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "CODEX_API_KEY",
@@ -48,13 +51,18 @@ def argv(
     """The command line of one turn; the prompt goes to its standard input.
 
     Paths are absolute.  Sandbox and workdir are said again for a thread that is
-    continued: Codex does not remember them.
+    continued: Codex does not remember them.  `sandbox` is one of Codex's, or
+    one of our permission profiles, which does not go with another `profile`.
     Raises ValueError for a `thread` that is no id and for an image with a comma
     in its path, which Codex takes for a separator and then silently drops.
     """
     if thread is not None and not is_thread_id(thread):
         raise ValueError(f"{thread!r} is not the id of a Codex thread")
     args = [binary, "exec", "--json", "--color", "never", "--skip-git-repo-check", "-C", workdir]
+    if sandbox and sandbox.startswith(PERMISSIONS):
+        # Said here it beats a sandbox_mode in the admin's config.toml; in the file it would not.
+        args += ["-p", PROFILE, "-c", f'default_permissions="{sandbox}"']
+        sandbox = None
     for option, value in (("-s", sandbox), ("-p", profile), ("-m", model)):
         if value is not None:
             args += [option, value]

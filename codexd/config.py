@@ -11,6 +11,7 @@ resolved.  The rules for values that task files share are here too.
 
 from __future__ import annotations
 
+import math
 import os
 import pwd
 import re
@@ -80,6 +81,10 @@ def _is_path(found: str) -> bool:
 
 ADDRESS = string(_is_address, "unix, off, 127.0.0.1:PORT or '[::1]:PORT'")
 TIMEOUT = duration(1, 86400, "1s to 24h")  # RuntimeMaxSec= of a worker's unit is 24h
+_AGE = duration(3600, 36500 * 86400, "1h to 36500d")
+KEPT = Rule(
+    lambda text: math.inf if text == "never" else _AGE.read(text), f"never, or {_AGE.allowed}"
+)
 ATTEMPTS = integer(1, 20)
 SANDBOX = document.choice(Sandbox)
 NAME = string(_WORD.fullmatch, "1 to 100 of A-Z a-z 0-9 . _ : / -, not beginning with -")
@@ -105,12 +110,15 @@ class Directories:
     sessions: Path
     transcripts: Path
     keys: Path
+    usage: Path
     work: Path
     codex_home: Path  # the default; Config.codex.home is the one in use
     http_socket: Path
     exits: Path
+    limits: Path
     heartbeat: Path
     rooted: bool  # everything below one --root
+    systemwide: bool  # served by a unit of the system's, not of a user's
 
     @classmethod
     def below(cls, root: Path) -> Directories:
@@ -121,7 +129,10 @@ class Directories:
     @classmethod
     def system(cls) -> Directories:
         spool, state = Path("/var/spool/codexd"), Path("/var/lib/codexd")
-        return cls._at(Path("/etc/codexd"), spool, state, Path("/run/codexd"))
+        run = Path("/run/codexd")  # root's, for systemd makes the socket in it
+        own = run / "master"
+        found = cls._at(Path("/etc/codexd"), spool, state, run)
+        return replace(found, run=own, heartbeat=own / "heartbeat", systemwide=True)
 
     @classmethod
     def user(cls, env: Mapping[str, str]) -> Directories:
@@ -141,8 +152,8 @@ class Directories:
     def _at(cls, config: Path, spool: Path, state: Path, run: Path) -> Directories:
         named = {name: spool / name for name in ("inbox", "rejected", "answers", "schedules")}
         named |= {name: state / name for name in ("lock", "tasks", "archive", "sessions")}
-        named |= {name: state / name for name in ("transcripts", "keys", "work")}
-        named |= {name: run / name for name in ("exits", "heartbeat")}
+        named |= {name: state / name for name in ("transcripts", "keys", "usage", "work")}
+        named |= {name: run / name for name in ("exits", "limits", "heartbeat")}
         return cls(
             config_file=config / "codexd.yaml",
             state=state,
@@ -152,6 +163,7 @@ class Directories:
             codex_home=state / "codex",
             http_socket=run / "http.sock",
             rooted=False,
+            systemwide=False,
             **named,
         )
 
@@ -169,13 +181,14 @@ def find(
 
 def _is_system(uid: int) -> bool:
     try:
-        return uid == 0 or pwd.getpwuid(uid).pw_name == "codexd"
+        return uid == 0 or pwd.getpwuid(uid).pw_name in ("codexd", "codexd-http")
     except KeyError:  # a uid without a name, as in containers
         return False
 
 
 class Launcher(StrEnum):
     AUTO = "auto"
+    SYSTEMD = "systemd"
     PROCESS = "process"
 
 
@@ -221,6 +234,17 @@ class LimitsConfig:
     file: int = 1 << 20
     queue: int = 10_000
     disk_free: int = 64 << 20
+    task_tokens: int | None = None  # no limit
+    day_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionConfig:
+    """Seconds that each is kept after it was written; infinite for `never`."""
+
+    answers: float = 90 * 86400.0
+    archive: float = 90 * 86400.0
+    rejected: float = 90 * 86400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +265,7 @@ class Config:
     http: HttpConfig
     retry: RetryConfig = RetryConfig()
     limits: LimitsConfig = LimitsConfig()
+    retention: RetentionConfig = RetentionConfig()
 
 
 def keys() -> list[str]:
@@ -301,7 +326,10 @@ def _rules(state: Path) -> Rules:
             "file": size(1 << 10, 64 << 20, "1K to 64M"),
             "queue": integer(1, 1_000_000),
             "disk_free": size(0, 1 << 40, "0 to 1024G"),
+            "task_tokens": integer(1, 10**15),
+            "day_tokens": integer(1, 10**15),
         },
+        "retention": dict.fromkeys(("answers", "archive", "rejected"), KEPT),
     }
 
 
@@ -319,6 +347,7 @@ def _config(doc: Document, dirs: Directories) -> Config:
         http=HttpConfig(listen, **given["http"]),
         retry=RetryConfig(**given["retry"]),
         limits=LimitsConfig(**given["limits"]),
+        retention=RetentionConfig(**given["retention"]),
         **top,
     )
 

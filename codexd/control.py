@@ -13,7 +13,7 @@ from codexd import clock, place, session, spool, taskfile
 from codexd.config import Config
 from codexd.finish import Finish
 from codexd.gate import HOLD, Keeper
-from codexd.launcher import Processes
+from codexd.launcher import Launcher
 from codexd.ledger import Ledger
 from codexd.model import Event, Kind, Note, State, Task, apply, is_id
 from codexd.outcome import Outcome
@@ -29,10 +29,10 @@ class Controls:
         self,
         config: Config,
         ledger: Ledger,
-        launcher: Processes,
+        launcher: Launcher,
         keeper: Keeper,
         finish: Finish,
-        refused: Callable[[OSError], None],
+        refused: Callable[..., None],
     ) -> None:
         """`refused` is told what the host would not do."""
         self.refused = refused
@@ -60,7 +60,8 @@ class Controls:
         try:
             return self._obeyed(name, record)
         except OSError as error:
-            self.refused(error)
+            target = name.rpartition(".")[0]
+            self.refused(error, task=target if is_id(target) else None)
             return True
 
     def _obeyed(self, name: str, record: Record) -> bool:

@@ -5,21 +5,24 @@ answer are written, each keyed by (ID, N) so that doing it again after a crash
 changes nothing, then status.json; the ledger's line, appended by the caller for
 a whole batch, is the commit.
 
-Evidence is only what lies in tasks/ID/N.  An attempt without a result that had
+Evidence is only what lies in tasks/ID/N, and the exit record of its unit.  An attempt without a result that had
 begun was killed with its worker: its events tell the thread, and whether the
 turn had ended before.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from zlib import crc32
 
-from codexd import clock, codex, durable, place, policy, session, transcript
+from codexd import cgroup, clock, codex, durable, exits, place, policy, session, transcript
 from codexd.config import Config
+from codexd.exits import Ended
 from codexd.model import USAGE_KEYS, Event, Kind, State, Task, apply, to_json
 from codexd.outcome import Outcome
+from codexd.spend import Spend
 
 _EVENTS_LIMIT = 512 << 20
 _NOTHING: tuple[object, ...] = (None, "", {})
@@ -38,7 +41,9 @@ class Result:
     began: bool = True  # passed the at-most-once point
     ran: bool = True  # Codex ran
     turned: bool = False  # a turn began: the model may have acted
-    usage: Mapping[str, int] | None = None
+    ended: bool = True  # by itself, or by the worker's own clocks
+    usage: Mapping[str, int] | None = None  # of the whole thread
+    model: str | None = None
     cost: Mapping[str, float] | None = None
 
 
@@ -57,15 +62,35 @@ class Finished:
 class Finish:
     """Judges attempts and writes what they came to."""
 
-    def __init__(self, config: Config, told: Callable[..., None] = lambda *_, **__: None) -> None:
+    def __init__(
+        self, config: Config, spend: Spend, told: Callable[..., None] = lambda *_, **__: None
+    ) -> None:
         self.config = config
+        self.spend = spend
         self.dirs = config.dirs
         self.told = told  # the master's log
 
     # --- evidence -------------------------------------------------------------
 
-    def result(self, task: Task) -> Result:
-        """What attempt N of a running task left, now that nothing of it lives."""
+    def result(self, task: Task, ended: Ended | None = None) -> Result:
+        """What attempt N of a running task left, now that it is over.
+
+        `ended` is the exit record of its unit, if there is one: of a turn that was cut
+        short it alone tells by whom.
+        """
+        found = self._left(task)
+        if ended is None or found.ended or (found.began and ended.result == "vanished"):
+            return found
+        outcome, text = exits.outcome(ended, exits.boot())
+        cost = {**(found.cost or {}), **ended.cost}
+        return replace(found, outcome=outcome, message=text, cost=cost)
+
+    def was_stopped(self, task: Task) -> bool:
+        """Whether its worker was told to stop, and we did not tell it."""
+        return not task.cancel and not self._left(task).ended
+
+    def _left(self, task: Task) -> Result:
+        """What the attempt's directory tells."""
         try:
             found = place.result(self.dirs, task.id, task.launches)
         except ValueError as damage:
@@ -76,7 +101,9 @@ class Finish:
             return _checked(found, task)
         if not self.began(task.id, task.launches):
             text = "the worker was not started"
-            return Result(Outcome.INTERRUPTED, text, task.thread, began=False, ran=False)
+            return Result(
+                Outcome.INTERRUPTED, text, task.thread, began=False, ran=False, ended=False
+            )
         return self._salvage(task)
 
     def began(self, id: str, number: int) -> bool:
@@ -94,21 +121,26 @@ class Finish:
             pass  # killed before Codex said anything, or not to be read
         reader.finish()
         thread = reader.thread or task.thread
+        told, model = codex.spent(str(self.config.codex.home), thread) if thread else ({}, None)
+        usage = _numbers(reader.usage or told, USAGE_KEYS)
         if reader.completed and reader.message and (not task.thread or task.thread == thread):
             text = "the turn was complete when its worker was killed"
-            return Result(Outcome.DONE, text, thread, reader.message, usage=reader.usage)
+            return Result(Outcome.DONE, text, thread, reader.message, usage=usage, model=model)
         text = "the worker was killed in the middle of the turn"
-        return Result(Outcome.INTERRUPTED, text, thread, usage=reader.usage)
+        return Result(Outcome.INTERRUPTED, text, thread, usage=usage, model=model, ended=False)
 
     # --- the step ---------------------------------------------------------------
 
-    def judge(self, task: Task) -> Finished:
+    def judge(
+        self, task: Task, ended: Ended | None = None, refused: str | None = None
+    ) -> Finished:
         """Write down what the attempt came to; the event that says so.
 
+        `refused` is why the host did not start the worker: a reason to hold all tasks.
         Raises OSError when the host refuses; then nothing was said, and the
         same is done again later.
         """
-        found = self.result(task)
+        found = self.result(task, ended)
         if found.outcome is Outcome.THREAD_LOST and found.turned:
             # A turn in another thread than the one asked for: to begin again would
             # do the work a second time.
@@ -124,6 +156,9 @@ class Finish:
             cap=self.config.retry.cap,
             chance=(crc32(f"{task.id}/{task.launches}".encode()) % 1000) / 1000,
         )
+        if refused and not found.began:
+            found = replace(found, outcome=Outcome.HOST, message=refused)
+            step = policy.Step(Kind.QUEUED, counted=False, close=True)
         if step.close and task.launches >= MEETINGS:
             step = replace(step, kind=Kind.FAILED, counted=True)
         if step.kind is Kind.QUEUED and not found.began and task.interruptions:
@@ -132,6 +167,9 @@ class Finish:
             delay = policy.backoff(task.interruptions, retry.base, retry.cap, 1.0)
             step = replace(step, kind=Kind.WAITING, delay=delay)
         used = self._remember(task, found, step) if found.ran else {}
+        if found.ran:
+            attempt = f"{task.id}/{task.launches}"
+            self.spend.add(attempt, task.session, found.model, used, time.time())
         event = self._event(task, found, step, used)
         if apply(task, event).state.ended:
             self.conclude(apply(task, event), found.answer)
@@ -190,7 +228,8 @@ class Finish:
             return session.load(self.dirs.sessions, name)
         except ValueError as damage:
             kept = session.set_aside(self.dirs.sessions, name)
-            self.told("session.damaged", why=damage, kept=kept, then="it begins a new thread")
+            then = "it begins a new thread"
+            self.told("session.damaged", session=name, why=damage, kept=kept, then=then)
             return session.Session(name)
 
     def _said(self, task: Task, found: Result, now: str) -> list[dict[str, object]]:
@@ -248,7 +287,7 @@ def _sum(before: Mapping[str, float], more: Mapping[str, float]) -> dict[str, fl
     """Both added up; of a peak the larger."""
     total = dict(before)
     for key, value in more.items():
-        if key.endswith("peak_bytes"):
+        if "peak" in key:
             total[key] = max(total.get(key, 0), value)
         else:
             total[key] = round(total.get(key, 0) + value, 3)
@@ -262,7 +301,7 @@ def _checked(found: Mapping[str, object], task: Task) -> Result:
     except (ValueError, KeyError):
         return Result(Outcome.UNKNOWN, "the result names no known outcome", task.thread)
     usage, cost = found.get("usage"), found.get("cost")
-    answer, thread = found.get("answer"), found.get("thread")
+    answer, thread, model = found.get("answer"), found.get("thread"), found.get("model")
     return Result(
         outcome=outcome,
         message=str(found.get("message") or ""),
@@ -270,8 +309,10 @@ def _checked(found: Mapping[str, object], task: Task) -> Result:
         answer=answer if isinstance(answer, str) else None,
         ran="exit_status" in found,
         turned=bool(found.get("turn_started")),
+        ended=found.get("stop_reason") != "interrupted" or outcome is Outcome.DONE,
         usage=_numbers(usage, USAGE_KEYS),
-        cost=_numbers(cost, ("cpu_seconds", "memory_peak_bytes")),
+        model=model if isinstance(model, str) else None,
+        cost=_numbers(cost, cgroup.COST),
     )
 
 

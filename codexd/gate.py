@@ -2,8 +2,8 @@
 
 Part of the master.  A spent quota, a failed login, a missing Codex, a full disk
 and `hold` are not states of ten thousand tasks; each closes the gate once, by
-one ledger event with its reason.  What codexd can see for itself (Codex, disk)
-opens it again by looking; what only the service knows (quota, login) is found
+one ledger event with its reason.  What codexd can see for itself (Codex, disk,
+the day's tokens) opens it again by looking; what only the service knows (quota, login) is found
 out by letting one task through, at a known time or after growing pauses.
 
 The ledger may be the very thing that cannot be written (a full disk): then the
@@ -18,33 +18,47 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from codexd import clock, codex, policy, spool
+from codexd import canary, clock, codex, policy, profile, spool
 from codexd.config import Config
 from codexd.dispatch import Gate
 from codexd.ledger import Ledger, LedgerFull
-from codexd.model import Event, Note
+from codexd.model import Event, Note, Sandbox
 from codexd.outcome import Outcome
+from codexd.spend import Spend, midnight, whole
 
 HOLD, CODEX, DISK = "hold", "codex", "disk"
-PROBED = frozenset({Outcome.QUOTA.value, Outcome.AUTH.value})
+BUDGET = Outcome.BUDGET.value
+PROBED = frozenset({Outcome.QUOTA.value, Outcome.AUTH.value, Outcome.HOST.value})
 _LOOK = 10.0  # seconds between looks for a missing Codex
 
 
 class Keeper:
     """Closes and opens the gate."""
 
-    def __init__(self, config: Config, ledger: Ledger, told: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ledger: Ledger,
+        spend: Spend,
+        told: Callable[..., None],
+        warn: Callable[..., None],
+    ) -> None:
+        """`told` and `warn` are the master's log: what is well, and what somebody must mend."""
         self.config = config
         self.ledger = ledger
-        self.told = told  # the master's log
+        self.spend = spend
+        self.told = told
+        self.warn = warn
         self.binary = ""
         self.version = ""
         self.env_keys: list[str] = []
+        self.unhidden: str | None = None  # why secrets are not hidden from commands
         self._unwritten: dict[str, Mapping[str, object]] = {}
         self._probe_at: dict[str, float] = {}
         self._tries: dict[str, int] = {}
         self._seen: tuple[object, ...] = ()
         self._login: tuple[object, ...] = ()
+        self._unfit: str | None = None
         self._look_at = 0.0
         self._ask_at = 0.0
 
@@ -72,7 +86,10 @@ class Keeper:
         old = self.closed.get(reason)
         if old and all(old.get(k) == v for k, v in facts.items()):
             return
-        self.told("gate.closed", **facts)
+        if reason == HOLD:
+            self.told("gate.closed", **facts)
+        else:
+            self.warn("gate.closed", **facts)
         try:
             self.ledger.append([Event(clock.now(), Note.CLOSED, facts=facts)])
             self._unwritten.pop(reason, None)
@@ -95,7 +112,10 @@ class Keeper:
         until = codex.retry_at(message, time.time()) if outcome is Outcome.QUOTA else None
         tries = self._tries.get(reason, 0)
         self._tries[reason] = tries + 1
+        retry = self.config.retry
         pause = policy.probe_after(tries)
+        if outcome is Outcome.HOST:  # whoever mends the host need not wait for long
+            pause = policy.backoff(tries + 1, retry.base, retry.cap, 1.0)
         if until is not None:
             pause = max(1.0, until - time.time())
         self._probe_at[reason] = time.monotonic() + pause
@@ -114,6 +134,11 @@ class Keeper:
 
     # --- looking --------------------------------------------------------------
 
+    def look_again(self) -> None:
+        """The configuration is another: what it says of Codex has to be found anew."""
+        self._seen = self._login = ()
+        self._look_at = 0.0
+
     def look(self, now: float) -> None:
         """Whether Codex and the disk are as they must be."""
         self._look_at_disk()
@@ -122,6 +147,8 @@ class Keeper:
             self._look_at = now + _LOOK
             self._look_for_codex(now)
         self._look_at_login()
+        self._look_at_profile()
+        self._look_at_budget(time.time())
 
     def _write_down(self) -> None:
         """Say in the ledger what it had no room for."""
@@ -141,6 +168,20 @@ class Keeper:
             self.close(DISK, text + "; make room, work goes on by itself (limits.disk_free)")
         elif DISK in self.closed:
             self.open(DISK)
+
+    def _look_at_budget(self, when: float) -> None:
+        most, used = self.config.limits.day_tokens, codex.tokens(self.spend.at(when).total)
+        if most is not None and used >= most:
+            text = f"{most} tokens were used today (limits.day_tokens); work goes on at midnight"
+            self.close(BUDGET, text, midnight(when))
+        elif BUDGET in self.closed:
+            self.open(BUDGET)
+
+    def today(self) -> dict[str, object] | None:
+        """What was used today when it was looked at last, and how much may be."""
+        day = self.spend.day
+        limit = self.config.limits.day_tokens
+        return {"day": day.day, **whole(day.total), "limit": limit} if day else None
 
     def _look_for_codex(self, now: float) -> None:
         try:
@@ -166,6 +207,28 @@ class Keeper:
     def home(self) -> str:
         return str(self.config.codex.home)
 
+    def sandbox(self, named: str | None, asked: Sandbox) -> str:
+        """What Codex is told for a task: a permission profile, kept as it must be, or `asked`.
+
+        The worker takes `asked` after all where Codex cannot be kept from secrets.
+        """
+        if profile.unused(named, asked):
+            return asked.value
+        try:
+            profile.write(self.config, self.env_keys)
+            self._unfit = None
+        except ValueError as problem:
+            self._unfit = str(problem)
+            return asked.value
+        return profile.name(asked)
+
+    def _look_at_profile(self) -> None:
+        """What the workers found out: whether secrets are hidden from commands."""
+        why = self._unfit or canary.verdict(self.home)
+        if why and why != self.unhidden:
+            self.warn("codex.profile", why=why)
+        self.unhidden = why
+
     def _look_at_login(self) -> None:
         """A changed login or configuration is a reason to try at once."""
         home = Path(self.home)
@@ -180,7 +243,7 @@ class Keeper:
         except FileNotFoundError:
             self.env_keys = []
         except (OSError, ValueError) as problem:
-            self.told("codex.config", problem=str(problem))
+            self.warn("codex.config", problem=str(problem))
 
 
 def _size(bytes: int) -> str:

@@ -38,6 +38,7 @@ from codexd import sockets
 from codexd.api import Api
 from codexd.config import Config, ConfigError
 from codexd.framing import HEAD_LIMIT, RETRY, Exchange, Problem, Reply, too_large_a_head
+from codexd.model import is_id
 from codexd.program import Exit, load, options
 from codexd.routes import Call, admit
 from codexd.service import Level, Service
@@ -181,7 +182,8 @@ class Server:
             where = traceback.extract_tb(error.__traceback__)[-1]
             at = f"{where.filename}:{where.lineno}"
             path = link.exchange.path[:200]
-            self.service.log(Level.ERROR, "http.failed", path=path, error=repr(error), at=at)
+            about = {"task": _task(path), "path": path, "error": repr(error), "at": at}
+            self.service.log(Level.ERROR, "http.failed", **about)
             return Problem(500, "internal", "codexd failed; its log says how").reply
 
     # --- one request --------------------------------------------------------------------
@@ -215,11 +217,17 @@ class Server:
         self.api.counts[answer.status] += 1
         asked = link.exchange
         if asked.command == "POST":
+            where = dict(answer.headers).get("Location", asked.path)
             about = {"path": asked.path[:200], "status": answer.status, "uid": link.uid}
-            self.service.log(Level.INFO, "http.post", **about)
+            self.service.log(Level.INFO, "http.post", task=_task(where), **about)
         self._taking[link] = None
         await link.send(asked.render(answer, keep=keep))
         self._forget(link)
+
+
+def _task(path: str) -> str | None:
+    """The task that a path names."""
+    return next(filter(is_id, path.split("/")), None)
 
 
 # --- the program ------------------------------------------------------------------------

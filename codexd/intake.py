@@ -11,11 +11,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 
-from codexd import clock, place, spool, taskfile
+from codexd import clock, place, retention, spool, taskfile
 from codexd.config import Config
 from codexd.document import UNPRINTABLE
 from codexd.ledger import Ledger
@@ -57,7 +58,7 @@ class Intake:
         config: Config,
         ledger: Ledger,
         settled: spool.Settled,
-        refused: Callable[[OSError], None],
+        refused: Callable[..., None],
     ) -> None:
         """`refused` is told what the host would not do."""
         self.refused = refused
@@ -99,7 +100,7 @@ class Intake:
         except OSError as error:
             if error.errno in _FULL:
                 raise
-            self.refused(error)
+            self.refused(error, task=id)
             return error
 
     def _id_for(self, name: str) -> str:
@@ -107,13 +108,18 @@ class Intake:
         return wanted if wanted and not self._used(wanted) else spool.new_id()
 
     def _used(self, id: str) -> bool:
+        """Whether no task may have this id any more."""
+        kept = self.config.retention.archive
+        return self._known(id) or retention.forgotten(id, kept, time.time())
+
+    def _known(self, id: str) -> bool:
         return id in self.ledger.book.tasks or place.has_ended(self.dirs, id)
 
     def _examine(self, id: str, name: str | None) -> Event | None:
         """The ledger event for a claimed file; None if it is a task already."""
         if id in self._unsettled:
             return self._unsettled[id]
-        if self._used(id):
+        if self._known(id):
             return None
         name = name or spool.dropped_name(self.dirs, id)
         now = clock.now()
@@ -152,7 +158,10 @@ class Intake:
             raise Refusal(f"there is no {what} {control.target} to {control.verb}")
         else:
             if (wanted := spool.wanted_id(name)) and wanted != id:
-                raise Refusal(f"the id {wanted} is used already; drop it under another name")
+                raise Refusal(
+                    f"the id {wanted} is used already, or so old that it may have been "
+                    "(retention.archive); drop it under another name"
+                )
             request, of = taskfile.parse(name, data, max_bytes=self.config.limits.file), None
         self._allowed(request)
         if request.key:
@@ -212,7 +221,7 @@ class Intake:
 
     def _is_task(self, id: str) -> bool:
         """Whether it is one, or becomes one in this very batch."""
-        return self._used(id) or (self.dirs.tasks / id / "task.json").exists()
+        return self._known(id) or (self.dirs.tasks / id / "task.json").exists()
 
     def _record(self, id: str, name: str, request: Request, of: str | None, now: str) -> Event:
         record: dict[str, object] = {

@@ -1,205 +1,83 @@
-"""Start, stop and list workers: here as child processes of the daemon.
+"""Start, stop and list workers: as instances of a systemd unit, or as child processes.
 
-Owns run/workers/ID.lock.  The daemon takes the flock on it before it starts the
-worker, and the worker and Codex inherit the descriptor: while one of them
-lives, the lock is held, and the kernel frees it with the last of them.
-So a new daemon sees what the one before left behind, without pids and ages.
-Codex's tools do not inherit it: the worker ends them, and where it was killed,
-the daemon, whose children they then are.
+The door to both; the master knows no more of a worker than what `Launcher` says.
+`choose` picks: systemd where the daemon itself is a service of a manager that
+has the unit codexd-worker@.service, else child processes.
 
-Workers end with the daemon: they have the read end of a pipe that only the
-daemon holds open, and stop Codex when it closes.  What does not stop within
-`grace` is killed, found by the very lock it holds.
+Raises NoLauncher where codexd.yaml demands what the host does not have.
 """
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
-import math
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Set
+from typing import Protocol
 
-from codexd import lock
-from codexd.model import is_id
+from codexd import config
+from codexd.config import Config
+from codexd.exits import Ended
+from codexd.processes import Processes
+from codexd.service import Service
+from codexd.units import Units, UnitsMissing
 
-PATIENCE = 10.0  # seconds for what cannot be killed; then it no longer takes a slot
-_PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
-# -I -S: no site-packages, no user site; half of a worker's start-up time.
-_BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from codexd.worker import main; main()"
+__all__ = ["Launcher", "NoLauncher", "choose"]
 
 
-class Processes:
-    """Workers as child processes."""
+class NoLauncher(Exception):
+    """The launcher that codexd.yaml demands does not work here; the text says why."""
 
-    kind = "process"
-    grace = 15.0  # seconds an orphan has to end by itself
 
-    def __init__(self, tasks: Path, run: Path, bell: int = subprocess.DEVNULL) -> None:
-        """`bell` is a descriptor that gets a byte when a worker has written its result."""
-        self._bell = bell
-        self._tasks = tasks
-        self._locks = run / "workers"
-        self._locks.mkdir(mode=0o750, exist_ok=True)
-        self._alive, self._ours = os.pipe2(os.O_CLOEXEC)
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
-        found = (path.stem for path in self._locks.glob("*.lock"))
-        # id -> since when: workers of the daemon before, and what outlived its worker
-        self._orphans = {id: time.monotonic() for id in found if is_id(id)}
-        self._strays: dict[str, float] = {}
-        self._bereft = False  # a worker was killed: what it ran is our child now
-        _adopt_orphans()
+class Launcher(Protocol):
+    """What the master does with workers.
 
-    def command(self, id: str) -> list[str]:
-        package = str(Path(__file__).resolve().parent.parent)
-        return [sys.executable, "-I", "-S", "-c", _BOOT, package, "--tasks", str(self._tasks), id]
+    A worker is `working` while it may still write, and `active` while anything
+    of it lives.  Both raise OSError while nobody can say.
+    """
 
-    def start(self, id: str) -> None:
-        """Start the worker of a task.  Raises OSError when the host refuses."""
-        fd = os.open(self._path(id), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Nothing of an attempt before is left; the next holder is not to be killed.
-            self._orphans.pop(id, None)
-            self._strays.pop(id, None)
-            self._children[id] = subprocess.Popen(
-                self.command(id),
-                stdin=self._alive,
-                stdout=self._bell,
-                pass_fds=(fd,),
-                start_new_session=True,
-                cwd="/",
-            )
-        finally:
-            os.close(fd)
+    kind: str
+    survives: bool  # whether workers outlive the daemon
+    why: str | None  # why it is this one and not the other, where that is worth a word
 
-    def working(self) -> set[str]:
-        """Ids whose worker may still write.  Reaps what ended."""
-        for id, child in list(self._children.items()):
-            if child.poll() is not None:
-                del self._children[id]
-                self._strays[id] = time.monotonic()
-                self._bereft |= child.returncode != 0
-        for id, since in list(self._orphans.items()):
-            if time.monotonic() - since >= self.grace:
-                self._strays[id] = self._orphans.pop(id)
-            elif not lock.is_held(self._path(id)):
-                self._forget(self._orphans, id)
-        return self._children.keys() | self._orphans.keys()
+    def start(self, ids: Iterable[str], limits: Mapping[str, Mapping[str, int]]) -> None:
+        """Start the workers of tasks, some with limits of their own."""
 
-    def active(self) -> set[str]:
-        """Ids of which anything still lives: also what a worker left behind, which is killed."""
-        working = self.working()
-        self._bereft = self._bereft and self._end_adopted()
-        for id in list(self._strays):
-            if lock.is_held(self._path(id)):
-                self._signal_holders(id, signal.SIGKILL)
-            elif not self._bereft or time.monotonic() - self._strays[id] > PATIENCE:
-                self._forget(self._strays, id)
-        return working | self._strays.keys()
+    def refusal(self, id: str) -> str | None:
+        """Why the host did not start this worker, told once; None: it did."""
 
-    def _end_adopted(self) -> bool:
-        """Kill what lost its worker; whether there still is any.
+    def working(self) -> Set[str]: ...
 
-        Codex's tools do not inherit the lock.  They are our children that we
-        did not start: in sessions of their own, as only workers are besides.
-        """
-        workers = {child.pid for child in self._children.values()}
-        adopted = [
-            pid for pid in _children() if pid not in workers and os.getsid(pid) != os.getsid(0)
-        ]
-        for pid in adopted:
-            try:
-                os.kill(pid, signal.SIGKILL)  # only we can reap it: it is still that one
-            except PermissionError:
-                continue  # of another user, by sudo
-            os.waitpid(pid, os.WNOHANG)
-        return bool(adopted)
+    def active(self) -> Set[str]: ...
 
-    def _forget(self, among: dict[str, float], id: str) -> None:
-        del among[id]
-        self._path(id).unlink(missing_ok=True)
-
-    def pause(self, now: float) -> float:
-        """Seconds until a look at what tells nobody when it ends; inf if there is none.
-
-        What was just killed is gone in a moment; what cannot be killed (a process
-        in the kernel) must not cost the processor.
-        """
-        waits = [max(0.005, min(1.0, (now - since) / 2)) for since in self._strays.values()]
-        return min([*waits, *(0.1 for _ in self._orphans), math.inf])
+    def ended(self, id: str) -> Ended | None:
+        """The exit record of a worker, where the launcher keeps one."""
 
     def stop(self, ids: Iterable[str]) -> None:
         """Ask workers to stop Codex and write their result."""
-        for id in ids:
-            child = self._children.get(id)
-            if child:
-                child.terminate()
-            elif id in self._orphans:
-                self._signal_holders(id, signal.SIGTERM)
 
     def kill(self, ids: Iterable[str]) -> None:
         """End what did not stop, with everything it started."""
-        for id in ids:
-            self._signal_holders(id, signal.SIGKILL)
-            child = self._children.get(id)
-            if child:
-                child.kill()  # should it have closed the lock
-                child.wait()
 
-    def _path(self, id: str) -> Path:
-        return self._locks / f"{id}.lock"
+    def tidy(self, running: Set[str]) -> None:
+        """Remove what is kept of workers whose task is no longer running."""
 
-    def _signal_holders(self, id: str, number: int) -> None:
-        for pid in _holders(self._path(id)):
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue  # it ended by itself
+    def pause(self, now: float) -> float:
+        """Seconds until a look at what tells nobody when it ends; inf if there is none."""
 
 
-def _adopt_orphans() -> None:
-    """What loses its parent below us becomes our child, and cannot get away."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+def choose(config_: Config, service: Service, embedded: bool) -> Launcher:
+    """The launcher for this daemon.  `embedded`: for `codexd serve`, never systemd by itself.
 
-
-def _children() -> list[int]:
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it has just ended
-            if int(fields[1]) == os.getpid():
-                found.append(int(name))
-    return found
-
-
-def _holders(path: Path) -> list[int]:
-    """Processes, other than this one, that have the file open."""
-    found = []
-    wanted = os.fspath(path.resolve())
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
-        try:
-            fds = os.listdir(f"/proc/{name}/fd")
-            if any(_points_to(f"/proc/{name}/fd/{fd}", wanted) for fd in fds):
-                found.append(int(name))
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # gone, or somebody else's
-    return found
-
-
-def _points_to(link: str, wanted: str) -> bool:
+    Raises NoLauncher, OSError.
+    """
+    dirs, wanted = config_.dirs, config_.launcher
+    bell = service.bell
+    if wanted is config.Launcher.AUTO and (embedded or "INVOCATION_ID" not in os.environ):
+        return Processes(dirs.tasks, dirs.run, bell)
+    if wanted is config.Launcher.PROCESS:
+        return Processes(dirs.tasks, dirs.run, bell)
     try:
-        return os.readlink(link) == wanted
-    except FileNotFoundError:
-        return False
+        return Units(dirs, service.listen)
+    except UnitsMissing as problem:
+        if wanted is config.Launcher.SYSTEMD:
+            raise NoLauncher(f"launcher: systemd does not work here: {problem}") from problem
+        return Processes(dirs.tasks, dirs.run, bell, why=str(problem))

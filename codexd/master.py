@@ -22,19 +22,19 @@ import sys
 import time
 from collections.abc import Callable
 
-from codexd import __version__, clock, dispatch, heartbeat, lock, place, spool
+from codexd import __version__, clock, heartbeat, launcher, lock, place, spool
+from codexd.attempts import Attempts
 from codexd.config import Config, ConfigError
 from codexd.control import Controls
-from codexd.finish import Finish, Finished
+from codexd.finish import Finish
 from codexd.gate import DISK, Keeper
 from codexd.intake import Intake
-from codexd.launcher import Processes
 from codexd.ledger import Ledger, LedgerBroken, LedgerFull
-from codexd.model import Event, Kind, Note, State, Task, is_id
-from codexd.orders import Orders
-from codexd.outcome import Outcome
+from codexd.model import Event, Kind, Note, State, is_id
 from codexd.program import Exit, load, options
 from codexd.service import Level, Service
+from codexd.spend import Spend
+from codexd.sweep import Daily
 
 SCAN = 3.0  # seconds between looks into the inbox without a hint
 STOP = 12.0  # seconds for workers to end with the daemon
@@ -45,46 +45,60 @@ _CHECKPOINT = 4 << 20  # bytes of ledger after which the short cut is renewed
 class Master:
     """The daemon's work.  Open it under the root's lock only."""
 
-    def __init__(self, config: Config, service: Service) -> None:
+    def __init__(
+        self, config: Config, service: Service, read: Callable[[], Config], embedded: bool
+    ) -> None:
+        """`read` gives the configuration as it is now; `embedded`: for `codexd serve`."""
         self.config = config
+        self.read = read
         self.dirs = config.dirs
         self.service = service
         self.ledger = Ledger(self.dirs.ledger, self.dirs.checkpoint)
         self.settled = spool.Settled()
         self.watch = spool.Watch(self.dirs.inbox, self.settled, service.wake)
-        self.launcher = Processes(self.dirs.tasks, self.dirs.run, service.bell)
-        self.keeper = Keeper(config, self.ledger, self.note)
+        self.launcher = launcher.choose(config, service, embedded)
+        self.spend = Spend(self.dirs.usage, self.warn)
+        self.keeper = Keeper(config, self.ledger, self.spend, self.note, self.warn)
         self.intake = Intake(config, self.ledger, self.settled, self.refused)
-        self.finish = Finish(config, self.warn)
+        self.finish = Finish(config, self.spend, self.warn)
         self.controls = Controls(
             config, self.ledger, self.launcher, self.keeper, self.finish, self.refused
         )
-        self.orders = Orders(config, self.keeper, self.finish)
+        self.attempts = Attempts(
+            config, self.ledger, self.launcher, self.keeper, self.finish,
+            self.record, self.refused, self.error,
+        )  # fmt: skip
+        self.daily = Daily(config, self.ledger, self.keeper, self.note)
+        self.misread: str | None = None  # why codexd.yaml was not taken when it was read again
         self.trouble: str | None = None  # what the host refused in the last round
         self._told: set[str] = set()  # and what was logged of it
         self.stop_at: float | None = None
         self.beside: Callable[[], None] | None = None  # what else this process tends
-        self._wake_at: dict[str, float] = {}
-        self._ended: set[str] = set()  # to be moved to the archive
         self._next_checkpoint = 0.0
 
     def warn(self, event: str, **fields: object) -> None:
         self.service.log(Level.WARNING, event, **fields)
 
+    def error(self, event: str, **fields: object) -> None:
+        self.service.log(Level.ERROR, event, **fields)
+
     def note(self, event: str, **fields: object) -> None:
         self.service.log(Level.NOTICE, event, **fields)
 
-    def say(self, event: Event) -> None:
-        """One log line for a ledger event."""
-        about = {"task": event.id} if event.id else {}
+    def say(self, event: Event, session: str | None = None) -> None:
+        """One log line for a ledger event; `session` where its facts do not name it."""
+        # A file that became no task was taken under an id, which its producer may know.
+        about = {"task": event.id or event.facts.get("id"), "session": session}
         level = Level.WARNING if event.kind in (Kind.FAILED, Note.REJECTED) else Level.INFO
-        facts = {k: v for k, v in event.facts.items() if k not in ("usage", "cost", "task")}
-        self.service.log(level, ("task." if event.id else "") + event.kind, **about, **facts)
+        facts = {k: v for k, v in event.facts.items() if k not in ("id", "usage", "cost", "task")}
+        self.service.log(level, ("task." if event.id else "") + event.kind, **{**about, **facts})
 
     def record(self, events: list[Event]) -> None:
-        self.ledger.append(events)
+        tasks = self.ledger.book.tasks
+        sessions = {e.id: tasks[e.id].session for e in events if e.id in tasks}
+        self.ledger.append(events)  # after it, tasks that have ended are no longer there
         for event in events:
-            self.say(event)
+            self.say(event, sessions.get(event.id))
 
     # --- the round --------------------------------------------------------------
 
@@ -107,7 +121,8 @@ class Master:
                 if id not in book.tasks:
                     self._tidy(id)
             except OSError as error:
-                self.warn("not.tidied", path=self.dirs.tasks / id, why=sentence(error))
+                about = {"task": id, "path": self.dirs.tasks / id}
+                self.warn("not.tidied", **about, why=sentence(error))
 
     def _tidy(self, id: str) -> None:
         """A directory of no live task: ended, being taken, or never taken."""
@@ -128,6 +143,8 @@ class Master:
         now = time.monotonic()
         if self.service.stopping:
             return self._stop(now)
+        if self.service.reloading:
+            self.reload()
         self.trouble = None
         self.round(now)
         self.beat()
@@ -137,12 +154,31 @@ class Master:
             self.beside()
         return self._pause(now)
 
-    def refused(self, error: OSError) -> None:
+    def reload(self) -> None:
+        """Read codexd.yaml again; one that is wrong changes nothing, and is told until mended."""
+        self.service.reloading = False
+        self.service.notify("RELOADING=1")
+        try:
+            fresh = self.read()
+        except ConfigError as error:
+            self.misread = str(error)
+            self.error("config.refused", why=error, then="what was in force stays in force")
+        else:
+            self.misread = None
+            fixed = [k for k in ("launcher", "http") if getattr(fresh, k) != getattr(self.config, k)]
+            self.note("config.loaded", file=self.dirs.config_file, after_restart=fixed or None)
+            rooms = (self, self.keeper, self.intake, self.finish, self.attempts, self.attempts.orders, self.daily)
+            for room in rooms:
+                room.config = fresh
+            self.keeper.look_again()
+        self.service.ready()
+
+    def refused(self, error: OSError, **about: object) -> None:
         """The host does not let us go on; it is tried again, and told once."""
         self.trouble = sentence(error)
         if self.trouble not in self._told:
             self._told.add(self.trouble)
-            self.service.log(Level.ERROR, "host.refuses", what=self.trouble)
+            self.service.log(Level.ERROR, "host.refuses", **about, what=self.trouble)
 
     def round(self, now: float) -> None:
         """Everything there is to do.  What the host refuses holds up only its own part."""
@@ -150,9 +186,9 @@ class Master:
         for part in (
             self.keeper.look,
             self.take,
-            self.collect,
-            self.awake,
-            self.dispatch,
+            self.attempts.collect,
+            self.attempts.awake,
+            self.attempts.dispatch,
             self.tend,
         ):
             try:
@@ -172,110 +208,24 @@ class Master:
             # Before they can start: cancelled or held, they must not cost a turn.
             self.controls.obey(self.controls.waiting, self.record)
 
-    # --- attempts that ended ------------------------------------------------------
-
-    def collect(self, now: float) -> None:
-        """Judge every attempt that has ended.
-
-        With its result at once, for Codex ended before that; without one only
-        when nothing of it lives, for Codex may have outlived its worker.
-        """
-        running = [t for t in self.ledger.book.tasks.values() if t.state is State.RUNNING]
-        ended = [t for t in running if self._has_result(t)]
-        if len(ended) < len(running):
-            working = self.launcher.working()
-            lost = [t for t in running if t not in ended and t.id not in working]
-            alive = self.launcher.active() if lost else set()
-            ended += [t for t in lost if t.id not in alive]
-        finished = [f for f in map(self._judged, ended) if f]
-        self.record([f.event for f in finished])
-        for one in finished:
-            self._after(one, now)
-
-    def _judged(self, task: Task) -> Finished | None:
-        """What its attempt came to; None while a file of its own is in the way."""
-        try:
-            return self.finish.judge(task)
-        except OSError as error:
-            self.refused(error)
-            return None
-
-    def _has_result(self, task: Task) -> bool:
-        return (place.attempt(self.dirs, task.id, task.launches) / "result.json").exists()
-
-    def _after(self, one: Finished, now: float) -> None:
-        if one.close:
-            self.keeper.met(one.outcome, one.message)
-        elif one.outcome in (Outcome.DONE, Outcome.NO_ANSWER):
-            self.keeper.passed()
-        if one.event.id not in self.ledger.book.tasks:
-            self._ended.add(one.event.id)
-        elif one.delay:
-            self._wake_at[one.event.id] = now + one.delay
-
-    def awake(self, now: float) -> None:
-        """Tasks whose pause is over go back to the queue."""
-        events = []
-        tasks = self.ledger.book.tasks
-        for id in [i for i in self._wake_at if i not in tasks or not tasks[i].until]:
-            del self._wake_at[id]  # released, held or cancelled meanwhile
-        for task in tasks.values():
-            if task.state is State.WAITING and task.until:
-                if task.id not in self._wake_at:  # we were started meanwhile
-                    left = clock.epoch(task.until) - time.time()
-                    self._wake_at[task.id] = now + min(max(left, 0.0), self.config.retry.cap)
-                if now >= self._wake_at[task.id]:
-                    del self._wake_at[task.id]
-                    events.append(Event(clock.now(), Kind.QUEUED, task.id))
-        self.record(events)
-
-    # --- attempts that begin --------------------------------------------------------
-
-    def dispatch(self, now: float) -> None:
-        """Start what may start: orders, then the ledger, then the worker."""
-        active = self.launcher.active()
-        gate = self.keeper.gate(now)
-        chosen = dispatch.ready(self.ledger.book.tasks.values(), gate, self.config.workers, active)
-        events = [e for e in map(self._ordered, chosen) if e]
-        self.record(events)
-        for event in events:
-            if event.kind is Kind.RUNNING:
-                self._launch(event.id)
-            else:
-                self._ended.add(event.id)
-
-    def _ordered(self, task: Task) -> Event | None:
-        """The event that begins its attempt; None while a file of its own is in the way."""
-        try:
-            return self.orders.order(task)
-        except OSError as error:
-            self.refused(error)
-            return None
-
-    def _launch(self, id: str) -> None:
-        try:
-            self.launcher.start(id)
-        except OSError as error:
-            # The next round finds a running task without a worker and without
-            # `started`, and puts it back uncounted.
-            self.service.log(Level.ERROR, "worker.refused", task=id, why=str(error))
-
     # --- the rest ---------------------------------------------------------------------
 
     def tend(self, now: float) -> None:
-        """What ended goes to the archive; a checkpoint, so that the next start is short."""
-        for id in sorted(self._ended):
+        """What ended goes to the archive, and what is old; a checkpoint, so that the
+        next start is short."""
+        for id in sorted(self.attempts.concluded):
             try:
                 place.archive(self.dirs, id)
-                self._ended.discard(id)
+                self.attempts.concluded.discard(id)
             except OSError as error:
-                self.refused(error)
+                self.refused(error, task=id)
         if self.ledger.unmarked >= _CHECKPOINT and now >= self._next_checkpoint:
             self._next_checkpoint = now + 10.0
             try:
                 self.ledger.checkpoint()
             except OSError as error:  # it is no more than a short cut
                 self.service.log(Level.ERROR, "host.refuses", what=sentence(error))
+        self.daily.tend(now)
 
     def summary(self) -> dict[str, object]:
         """What the heartbeat tells readers."""
@@ -285,6 +235,8 @@ class Master:
             "pid": os.getpid(),
             "at": clock.now(),
             "launcher": self.launcher.kind,
+            "launcher_why": self.launcher.why,
+            "config_problem": self.misread,
             "watch": self.watch.kind,
             "watch_problem": self.watch.problem,
             "codex": self.keeper.version or None,
@@ -295,6 +247,7 @@ class Master:
             "trouble": self.trouble,
             "damaged": len(self.ledger.book.damaged),
             "gate": self.keeper.closed,
+            "today": self.keeper.today(),
         }
 
     def beat(self) -> None:
@@ -312,11 +265,12 @@ class Master:
         if self.intake.more:
             return 0.0
         scan = 0.1 if self.settled.pending(now) else SCAN
-        return min([scan, self.launcher.pause(now), *(at - now for at in self._wake_at.values())])
+        scan = min(scan, self.daily.pause(now))
+        return min([scan, self.launcher.pause(now), *(at - now for at in self.attempts.wake_at.values())])
 
     def _stop(self, now: float) -> float:
-        """Interrupt the turns, collect them, leave; called until done."""
-        active = self.launcher.active()
+        """Interrupt the turns that would not survive us, collect them, leave; called until done."""
+        active = set() if self.launcher.survives else self.launcher.active()
         if self.stop_at is None:
             self.stop_at = now + STOP
             self.watch.stop()
@@ -328,7 +282,7 @@ class Master:
         if active and now < self.stop_at + PATIENCE:
             return 0.1
         try:
-            self.collect(now)
+            self.attempts.collect(now)
             self.record([Event(clock.now(), Note.STOPPED)])
             self.ledger.checkpoint()
         except OSError as error:
@@ -358,7 +312,13 @@ def _one_line(told: dict[str, object]) -> str:
     return f"{told['running']} running, {told['queued']} queued, {told['waiting']} waiting{closed}"
 
 
-def run(config: Config, service: Service, started: Callable[[Master], None]) -> None:
+def run(
+    config: Config,
+    service: Service,
+    read: Callable[[], Config],
+    started: Callable[[Master], None],
+    embedded: bool,
+) -> None:
     """Everything under the root's lock.
 
     Raises lock.Locked when another daemon serves this root, OSError when a
@@ -368,7 +328,7 @@ def run(config: Config, service: Service, started: Callable[[Master], None]) -> 
     held = lock.hold(config.dirs.lock, 5.0)
     try:
         spool.prepare(config.dirs)
-        master = Master(config, service)
+        master = Master(config, service, read, embedded)
         master.begin()
         master.watch.tend()
         service.catch_signals()
@@ -379,10 +339,23 @@ def run(config: Config, service: Service, started: Callable[[Master], None]) -> 
         os.close(held)
 
 
-def serve(config: Config, service: Service, started: Callable[[Master], None]) -> int:
+def serve(
+    service: Service,
+    read: Callable[[], Config],
+    started: Callable[[Master], None],
+    embedded: bool = False,
+) -> int:
     """`run`, with every failure told in one line; the exit status."""
     try:
-        run(config, service, started)
+        config = read()
+    except ConfigError as error:
+        service.log(Level.ERROR, "configuration", why=str(error))
+        return Exit.CONFIGURATION
+    try:
+        run(config, service, read, started, embedded)
+    except launcher.NoLauncher as problem:
+        service.log(Level.ERROR, "cannot.go.on", why=str(problem))
+        return Exit.CONFIGURATION
     except lock.Locked:
         why = f"another codexd serves {config.dirs.state}; stop that one, or serve another --root"
         service.log(Level.ERROR, "already.served", why=why)
@@ -403,12 +376,7 @@ def main() -> None:
     """The program codexd-master, for a service unit; people use `codexd serve`."""
     args = options("codexd-master", "the codexd daemon").parse_args()
     service = Service("codexd-master")
-    try:
-        loaded = load(args)
-    except ConfigError as error:
-        service.log(Level.ERROR, "configuration", why=str(error))
-        sys.exit(Exit.CONFIGURATION)
-    sys.exit(serve(loaded, service, lambda _master: service.ready()))
+    sys.exit(serve(service, lambda: load(args), lambda _master: service.ready()))
 
 
 if __name__ == "__main__":

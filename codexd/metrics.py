@@ -8,7 +8,8 @@ from codexd import __version__
 from codexd.model import State
 
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
-REASONS = frozenset({"auth", "codex", "disk", "hold", "quota"})  # always there, for alerts
+# Always there, for alerts.
+REASONS = frozenset({"auth", "budget", "codex", "disk", "hold", "quota"})
 
 Sample = tuple[str, str, object]  # the label, its value, and the sample's
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 
-from codexd import clock, place, prompt, session, transcript
+from codexd import clock, codex, place, prompt, session, transcript
 from codexd.config import Config
 from codexd.finish import Finish
 from codexd.gate import Keeper
@@ -27,6 +27,7 @@ class Orders:
         self.dirs = config.dirs
         self.keeper = keeper
         self.finish = finish
+        self.limits: dict[str, dict[str, int]] = {}  # of tasks that ask for some of their own
         self.setpriv = shutil.which("setpriv")  # ends Codex with its worker
 
     def order(self, task: Task) -> Event:
@@ -36,6 +37,12 @@ class Orders:
             request = Request.from_json(_mapping(record["request"]))
         except (FileNotFoundError, ValueError, KeyError, TypeError) as damage:
             return self._cannot(task, f"its record tasks/{task.id}/task.json is damaged: {damage}")
+        left = self._left(task)
+        if left is not None and left <= 0:
+            most = self.config.limits.task_tokens
+            text = f"its attempts have used the {most} tokens that a task may (limits.task_tokens)"
+            before = f"; the last one said: {task.message}" if task.message else ""
+            return self._cannot(task, text + before, Outcome.BUDGET)
         thread = self._thread(task, request)
         if request.resume is Resume.ALWAYS and thread is None:
             if task.reason:  # there was one; this is how it was lost
@@ -54,6 +61,11 @@ class Orders:
         self.finish.conclude(apply(task, event), None)
         return event
 
+    def _left(self, task: Task) -> int | None:
+        """Tokens that the task may still use; None for as many as it likes."""
+        most = self.config.limits.task_tokens
+        return None if most is None else most - codex.tokens(task.usage)
+
     def _thread(self, task: Task, request: Request) -> str | None:
         """The thread to continue: the task's own once it has run, else its session's."""
         if task.launches:
@@ -64,6 +76,7 @@ class Orders:
 
     def _orders(self, task: Task, request: Request, thread: str | None) -> dict[str, object]:
         config = self.config
+        named = request.profile or config.codex.profile
         return {
             "thread": thread,
             "preamble": self._preamble(task, thread),
@@ -75,10 +88,11 @@ class Orders:
             "home": self.keeper.home,
             "env": self.keeper.env_keys,
             "model": request.model or config.codex.model,
-            "profile": request.profile or config.codex.profile,
-            "sandbox": (request.sandbox or config.codex.sandbox).value,
+            "profile": named,
+            "sandbox": self.keeper.sandbox(named, request.sandbox or config.codex.sandbox),
             "timeout": request.timeout or config.timeout,
             "idle_timeout": request.idle_timeout or config.idle_timeout,
+            "tokens": self._left(task),
             "setpriv": self.setpriv,
             "memory": {
                 "on": request.memory,

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from codexd import clock, place
+from codexd import place, spend
 from codexd.codex import Reader
 from codexd.config import Directories
 from codexd.view import Json, View
@@ -238,7 +238,7 @@ def status(view: View, well: bool, health: Json) -> None:
     for state in ("running", "waiting", "queued"):
         _section(state, [t for t in tasks if t["state"] == state])
     _section("failed last", [t for t in tasks if t["state"] == "failed"][-5:])
-    _today(tasks)
+    _today(health.get("today") or _last_day(view))
     print(f"state: {view.dirs.state}   inbox: {view.dirs.inbox} ({health.get('inbox', 0)} files)")
 
 
@@ -252,23 +252,47 @@ def _section(name: str, tasks: Sequence[Json]) -> None:
         print(f"  and {len(tasks) - 10} more: codexd task list")
 
 
-def _today(tasks: Sequence[Json]) -> None:
-    today = clock.now()[:10]
-    ended = [t for t in tasks if str(t["ended"] or "").startswith(today)]
-    tokens = [_tokens(t) for t in ended]
-    print(
-        f"\ntoday (UTC), of the last {sum(bool(t['ended']) for t in tasks)} ended: "
-        f"{sum(t['state'] == 'done' for t in ended)} done, "
-        f"{sum(t['state'] == 'failed' for t in ended)} failed, "
-        f"{sum(i for i, _ in tokens)} tokens in, {sum(o for _, o in tokens)} out"
+def _today(used: object) -> None:
+    if isinstance(used, dict):
+        most = f" of {used['limit']}" if used.get("limit") else ""
+        print(
+            f"\n{used['day']}: {used['attempts']} attempts, {used['tokens']} tokens{most} "
+            f"({used['input_tokens']} in, {used['cached_input_tokens']} of them cached, "
+            f"{used['output_tokens']} out)"
+        )
+
+
+def _last_day(view: View) -> Json | None:
+    """While no daemon says what it takes for today: the last day with a file."""
+    return next(({"day": d.day, **spend.whole(d.total)} for d in view.used(1)), None)
+
+
+def used(by: str, found: Sequence[Json]) -> None:
+    """Tokens by day, session or model."""
+    rows(
+        ("TOKENS", "IN", "CACHED", "OUT", "REASONING", "ATTEMPTS", by.upper()),
+        ((*(str(u[k]) for k in _USED), "-" if u[by] in (None, "") else u[by]) for u in found),
     )
 
 
-def _tokens(task: Json) -> tuple[int, int]:
-    usage = task["usage"]
-    if not isinstance(usage, dict):
-        return 0, 0
-    return int(usage.get("input_tokens") or 0), int(usage.get("output_tokens") or 0)
+_USED = ("tokens", "input_tokens", "cached_input_tokens", "output_tokens",
+         "reasoning_output_tokens", "attempts")  # fmt: skip
+
+
+# --- what is old ----------------------------------------------------------------------
+
+
+def removed(found: Sequence[Json]) -> None:
+    """What was, or would be, removed; on stderr how much of each kind that is."""
+    totals: dict[str, list[int]] = {}
+    for one in found:
+        size = int(str(one["bytes"]))
+        print(clean(f"{one['kind']:9}{size:>12}  {one['path']}"))
+        totals.setdefault(str(one["kind"]), []).append(size)
+    for kind, sizes in totals.items():
+        print(f"{kind}: {len(sizes)}, {sum(sizes)} bytes", file=sys.stderr)
+    if not totals:
+        print("nothing is old enough", file=sys.stderr)
 
 
 # --- memory -------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import sys
 import time
 
 from codexd import master
-from codexd.config import Config, ConfigError
+from codexd.config import ConfigError
 from codexd.program import Exit, load
 from codexd.service import Level, Service
 
@@ -83,8 +83,18 @@ def serve(args: argparse.Namespace) -> int:
         service.log(Level.ERROR, "configuration", why=str(error))
         return Exit.CONFIGURATION
     http = Http(args, service) if config.http.listen is not None else None
+
+    def begin(one: master.Master) -> None:
+        address = "off"
+        if http:
+            http.start()
+            one.beside = http.tend
+            address = http.address
+        service.ready()
+        print(f"ready inbox={config.dirs.inbox} http={address}", flush=True)
+
     try:
-        return master.serve(config, service, lambda one: _begin(config, service, one, http))
+        return master.serve(service, lambda: load(args), begin, embedded=True)
     except HttpFailed as failed:
         return failed.status
     finally:
@@ -99,12 +109,3 @@ class HttpFailed(Exception):
         super().__init__(status)
         self.status = status
 
-
-def _begin(config: Config, service: Service, one: master.Master, http: Http | None) -> None:
-    address = "off"
-    if http:
-        http.start()
-        one.beside = http.tend
-        address = http.address
-    service.ready()
-    print(f"ready inbox={config.dirs.inbox} http={address}", flush=True)

@@ -4,8 +4,8 @@ A role gives `Service.run` its round, a function that does everything there is
 to do and returns the seconds until it wants to be called again.  `wake` ends
 that pause from any thread or signal.  Roles contain no signal code.
 
-SIGTERM and SIGINT set `stopping`, which the round looks at; SIGHUP is ignored,
-so that closing a terminal does not end what runs in it.  sdnotify swallows
+SIGTERM and SIGINT set `stopping`, SIGHUP sets `reloading`: the round looks at
+them.  So closing a terminal does not end what runs in it.  sdnotify swallows
 every error, so it is only asked where the manager really listens.
 """
 
@@ -21,7 +21,12 @@ from enum import IntEnum
 
 import sdnotify
 
-from codexd import clock
+from codexd import clock, journal, messages
+
+_VALUE = 4000  # characters of a value in the log
+# Of a line, at most 40 kB: journald splits what is longer than 48, and would take a <N>
+# at the split for a priority.
+_LINE = 10_000
 
 
 class Level(IntEnum):
@@ -33,37 +38,94 @@ class Level(IntEnum):
     INFO = 6
 
 
-def plain(value: object) -> str:
-    """Text that cannot forge a line or steer a terminal; quoted where it has blanks."""
+def shown(value: object) -> str:
+    """Text that cannot forge a line or steer a terminal, of a bounded length."""
     text = str(value)
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return f'"{safe}"' if " " in safe or not safe else safe
+    safe = text[:_VALUE].replace("\\", r"\\")
+    if not safe.isprintable():
+        safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in safe)
+    return safe if len(text) <= _VALUE and len(safe) <= _VALUE else safe[:_VALUE] + "…"
+
+
+def plain(value: object) -> str:
+    """`shown`, quoted where it has blanks or quotes: nothing in it can pass for a name=value."""
+    safe = shown(value)
+    if safe and " " not in safe and '"' not in safe:
+        return safe
+    return '"' + safe.replace('"', r"\"") + '"'
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class Service:
-    """One per program."""
+    """One per program.  `socket` is journald's."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, socket: str = journal.SOCKET) -> None:
         self.name = name
         self.stopping = False
+        self.reloading = False
+        self._bells: list[int] = []
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._notifier = sdnotify.SystemdNotifier() if "NOTIFY_SOCKET" in os.environ else None
         self._status = ""
-        self._journal = "JOURNAL_STREAM" in os.environ
+        ours = journal.is_stderr(os.environ.get("JOURNAL_STREAM"))
+        self._journal = journal.Journal(socket) if ours else None
+        self._lost = False  # the journal's socket did not take the last record
         self._say = threading.Lock()
 
     def log(self, level: Level, event: str, **fields: object) -> None:
-        """One line on stderr: what happened, then name=value."""
-        parts = [f"{k}={plain(v)}" for k, v in fields.items() if v is not None]
-        when = [] if self._journal else [clock.now(), level.name.lower()]
-        prefix = f"<{level.value}>" if self._journal else ""
+        """What happened, then name=value: a record of the journal, or a line on stderr.
+
+        Fields called `task` and `session` can be searched for in the journal.
+        """
+        line = " ".join([event, *(f"{k}={plain(v)}" for k, v in fields.items() if v is not None)])
+        if len(line) > _LINE:
+            line = line[:_LINE] + "…"
         with self._say:
-            print(prefix + " ".join([*when, event, *parts]), file=sys.stderr, flush=True)
+            if self._journal is None:
+                _print(f"{clock.now()} {level.name.lower()} {line}")
+            elif not self._sent(self._journal, self._record(level, event, line, fields)):
+                _print(f"<{level.value}>{line}")
+
+    def _record(
+        self, level: Level, event: str, line: str, fields: dict[str, object]
+    ) -> dict[str, str]:
+        """The journal's fields."""
+        record = {
+            "MESSAGE": line,
+            "PRIORITY": str(level.value),
+            "SYSLOG_IDENTIFIER": self.name,
+            "CODEXD_EVENT": event,
+        }
+        if event in messages.IDS:
+            record["MESSAGE_ID"] = messages.IDS[event]
+        for name in ("task", "session"):
+            if fields.get(name) is not None:
+                record[f"CODEXD_{name.upper()}"] = shown(fields[name])
+        return record
+
+    def _sent(self, to: journal.Journal, record: dict[str, str]) -> bool:
+        """Whether the journal has it; if not, why is told once."""
+        try:
+            to.send(record)
+        except OSError as error:
+            if not self._lost:
+                _print(f"<{Level.WARNING.value}>journal.lost why={plain(error)}")
+            self._lost = True
+        else:
+            self._lost = False
+        return not self._lost
 
     @property
     def bell(self) -> int:
         """A descriptor: a byte written to it ends the pause, also from another process."""
         return self._write
+
+    def listen(self, fd: int) -> None:
+        """Let the pause end when `fd`, which does not block, has something to read."""
+        self._bells.append(fd)
 
     def wake(self) -> None:
         """End the pause between two rounds."""
@@ -73,29 +135,29 @@ class Service:
             pass  # the pipe is full of wake-ups already
 
     def _signal(self, number: int, _frame: object) -> None:
-        if number != signal.SIGCHLD:
-            self.stopping = True
+        self.stopping |= number in (signal.SIGTERM, signal.SIGINT)
+        self.reloading |= number == signal.SIGHUP
         self.wake()
 
     def catch_signals(self) -> None:
         """From now on a signal only wakes us.  To be done before anybody hears of `ready`."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP):
             signal.signal(number, self._signal)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def run(self, step: Callable[[], float]) -> None:
         """Call `step` until it raises StopIteration."""
         self.catch_signals()
         poll = select.poll()
-        poll.register(self._read, select.POLLIN)
+        for fd in (self._read, *self._bells):
+            poll.register(fd, select.POLLIN)
         while True:
             try:
                 pause = step()
             except StopIteration:
                 return
             self.notify("WATCHDOG=1")
-            if poll.poll(max(0.0, pause) * 1000):
-                os.read(self._read, 4096)
+            for fd, _ in poll.poll(max(0.0, pause) * 1000):
+                os.read(fd, 4096)
 
     def notify(self, message: str) -> None:
         if self._notifier:
@@ -108,4 +170,4 @@ class Service:
         """The line that `systemctl status` shows; said only when it changes."""
         if text != self._status:
             self._status = text
-            self.notify(f"STATUS={plain(text)}")
+            self.notify(f"STATUS={shown(text)}")

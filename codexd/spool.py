@@ -79,13 +79,14 @@ def prepare(dirs: Directories) -> None:
     """
     for path in (dirs.state, dirs.rejected, dirs.answers, dirs.tasks, dirs.archive):
         _make(path, _STATE_MODE)
-    for path in (dirs.sessions, dirs.transcripts, dirs.keys, dirs.work, dirs.run):
+    for path in (dirs.sessions, dirs.transcripts, dirs.keys, dirs.usage, dirs.work, dirs.run):
         _make(path, _STATE_MODE)
     _make(dirs.inbox, _INBOX_MODE)
     _make(dirs.codex_home, 0o700)
     _same_file_system(dirs.inbox, dirs.tasks)
-    for path in (dirs.rejected, dirs.answers, dirs.sessions, dirs.keys, dirs.ledger.parent):
+    for path in (dirs.rejected, dirs.answers, dirs.sessions, dirs.keys, dirs.usage):
         durable.sweep(path)
+    durable.sweep(dirs.ledger.parent)
     durable.sweep_old(dirs.inbox, _DEBRIS)
 
 

@@ -5,7 +5,8 @@ events.jsonl and stderr.txt of the attempt.  Promises: whatever Codex does, the
 turn ends, and at its end nothing is left that Codex or its tools started, in
 whatever session.  The clocks are monotonic: `timeout` for the whole turn;
 `idle_timeout` without an event, off while a tool is at work; GRACE for a Codex
-that has ended its turn and stays.
+that has ended its turn and stays.  Where the task has a budget, what the turn
+has used is looked at every COUNT seconds.
 
 Raises OSError when Codex cannot be started.  Lean: the worker uses it.
 """
@@ -19,14 +20,18 @@ import stat
 import time
 
 from codexd import durable
-from codexd.codex import Reader
+from codexd.codex import Meter, Reader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from codexd.service import Service
+
 STEPS = ((signal.SIGINT, 5.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0))
 GRACE = 10.0  # seconds for Codex to exit after the turn has ended
+BEAT = 30.0  # seconds between signs of life to systemd; its WatchdogSec= is longer
+COUNT = 1.0  # seconds between looks at the tokens
 CLEANUP = 5.0  # seconds for what Codex left behind to be gone
 STDERR_KEPT = 1 << 20
 EVENTS_KEPT = 256 << 20
@@ -37,11 +42,22 @@ _HEAD = 8192  # bytes of the beginning and of the end of stderr that are looked 
 class Turn:
     """One run of Codex."""
 
-    def __init__(self, place: str, orders: dict[str, Any], pid: int, out: int, err: int) -> None:
+    def __init__(
+        self,
+        place: str,
+        orders: dict[str, Any],
+        pid: int,
+        out: int,
+        err: int,
+        manager: Service | None,
+    ) -> None:
         """Of the process `pid`, whose output and errors come from two pipes.
 
-        `place` is the attempt's directory, where they are kept.
+        `place` is the attempt's directory, where they are kept; `manager` the
+        systemd that wants to know how things are.
         """
+        self._manager = manager
+        self._beat_at = 0.0
         self.reader = Reader()
         self.idle = float(orders["idle_timeout"])
         self.stop_reason: str | None = None
@@ -62,6 +78,9 @@ class Turn:
         self.heard = time.monotonic()
         self.deadline = self.heard + float(orders["timeout"])
         self.ended_at: float | None = None
+        self.tokens: int | None = orders.get("tokens")  # that it may use
+        self._meter = None if self.tokens is None else Meter(orders["home"], orders["thread"])
+        self._count_at = self.heard
 
     # --- what comes in --------------------------------------------------------
 
@@ -109,7 +128,13 @@ class Turn:
             return "timeout"
         if not self.reader.busy and now >= self.heard + self.idle:
             return "stall"
-        return None
+        return "budget" if self._overspent(now) else None
+
+    def _overspent(self, now: float) -> bool:
+        if self._meter is None or self.tokens is None or now < self._count_at:
+            return False
+        self._count_at = now + COUNT
+        return self._meter.look(self.reader.thread) >= self.tokens
 
     def _pause(self, now: float) -> float:
         if self._step:
@@ -117,6 +142,10 @@ class Turn:
         if self.ended_at is not None:
             return self.ended_at + GRACE - now
         ends = [self.deadline] if self.reader.busy else [self.deadline, self.heard + self.idle]
+        if self._meter is not None:
+            ends.append(self._count_at)
+        if self._manager:
+            ends.append(self._beat_at)
         return min(ends) - now
 
     def stop(self, reason: str) -> None:
@@ -180,10 +209,19 @@ class Turn:
         if not self._ended:
             _reap_orphans(self.pid)
         now = time.monotonic()
+        if self._manager:
+            self._beat(self._manager, now)
         if self._step and now >= self._next_step:
             self._escalate()
         elif not self._step and (reason := self._due(now)):
             self.stop(reason)
+
+    def _beat(self, manager: Service, now: float) -> None:
+        """Tell systemd that we live, and what Codex is doing."""
+        if now >= self._beat_at:
+            self._beat_at = now + BEAT
+            manager.notify("WATCHDOG=1")
+        manager.status("stopping Codex" if self._step else self.reader.activity)
 
     def _reap(self) -> None:
         _, status, spent = os.wait4(self.pid, 0)

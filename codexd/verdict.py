@@ -103,6 +103,7 @@ _STOPPED = {
     "stall": (Outcome.STALL, "Codex was silent for too long"),
     "interrupted": (Outcome.INTERRUPTED, "codexd had to stop Codex in the middle of its turn"),
     "cancelled": (Outcome.CANCELLED, "The task was cancelled"),
+    "budget": (Outcome.BUDGET, "The task's tokens (limits.task_tokens) were used up"),
 }
 
 _SECRET = r"\b((?:sk-|sess-|eyJ)[\w.-]{4})[\w.-]{12,}"
@@ -123,7 +124,7 @@ def judge(
     stderr_head       the beginning of standard error
     requested_thread  the thread that was to be continued, if one was
     stop_reason       why codexd stopped Codex: "timeout", "stall", "interrupted",
-                      "cancelled", or "grace" for one that did not exit after
+                      "cancelled", "budget", or "grace" for one that did not exit after
                       its turn; None if it ended by itself
     answer            the last message, from wherever it was found
     """

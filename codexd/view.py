@@ -16,13 +16,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from codexd import durable, heartbeat, lock, place, session, spool, taskfile
+from codexd import durable, heartbeat, lock, place, session, spend, spool, taskfile
 from codexd.config import Directories
 from codexd.ledger import Follower
 from codexd.model import Event, State, Task, is_id, to_json
 from codexd.outcome import Outcome
 
 LATE = 15.0  # seconds without a heartbeat after which the master counts as down
+DAYS = 92  # days that a report of usage adds up
 ARRIVING = 1000  # files of the inbox that a short list looks at
 _MONTH = re.compile(r"[0-9]{4}-[0-9]{2}", re.ASCII)
 
@@ -213,6 +214,20 @@ class View:
         elif isinstance(gate, dict) and gate:
             status = ",".join(sorted(gate))
         return status == "ok", {"status": status, **told, "heartbeat_age": round(age, 1), **inbox}
+
+    def usage(self, by: str) -> list[Json]:
+        """Tokens of the last DAYS days, by "day", "session" or "model"; the greatest last."""
+        found = spend.folded(self.used(DAYS), by)
+        rows: list[Json] = [{by: name or None, **spend.whole(c)} for name, c in found.items()]
+        return sorted(rows, key=lambda row: row[by if by == "day" else "tokens"])  # type: ignore[arg-type,return-value]
+
+    def used(self, most: int) -> Iterator[spend.Day]:
+        """The last days on which something was used, newest first; damaged ones left out."""
+        for day in spend.days(self.dirs.usage, most):
+            try:
+                yield spend.load(self.dirs.usage, day)
+            except ValueError:
+                continue  # the master sets it aside, and says so, when it needs it
 
     def _served(self) -> bool:
         """Whether a master holds the lock: of one that was killed the heartbeat stays."""

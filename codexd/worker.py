@@ -20,6 +20,7 @@ is imported (tests/test_worker.py holds the list), and the rest while it starts.
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import time
 
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from codexd.codex import Reader
+    from codexd.service import Service
     from codexd.turn import Turn
 
+STOPPED = 75  # exit status after a turn that somebody else ended; codexd-exit asks who
 THREAD_WAIT = 5.0  # seconds to wait for another writer of the thread
 # SIGHUP, SIGINT, SIGPIPE, SIGTERM: the same on every Linux; `signal` costs 3 ms.
 _DEFAULTED = (1, 2, 13, 15)
@@ -58,6 +61,14 @@ class Attempt:
         self.began = time.time()
         self.memory_note: str | None = None
         self.notes = 0
+
+    def log(self, manager: Service | None, event: str, **fields: object) -> None:
+        """A line in the journal, where we are a unit; else the master tells enough."""
+        if manager:
+            from codexd.service import Level
+
+            about = {"task": self.id, "session": self.request.get("session")}
+            manager.log(Level.INFO, event, **about, attempt=self.number, **fields)
 
     def path(self, name: str) -> str:
         return os.path.join(self.place, name)
@@ -93,13 +104,24 @@ class Attempt:
             raise Unfit(f"workdir {found} is not a directory")
         return found
 
+    def sandbox(self) -> str:
+        """As ordered; a plain one where Codex cannot keep secrets from commands."""
+        ordered = str(self.orders["sandbox"])
+        plain = ordered.removeprefix(command.PERMISSIONS)
+        if plain == ordered:
+            return ordered
+        from codexd import canary
+
+        why = canary.hides(self.orders["bin"], self.orders["home"], self.environment())
+        return plain if why else ordered
+
     def argv(self, workdir: str) -> list[str]:
         ask, orders = self.request, self.orders
         schema = ask.get("output_schema")
         argv = command.argv(
             orders["bin"],
             workdir=workdir,
-            sandbox=orders["sandbox"],
+            sandbox=self.sandbox(),
             model=orders["model"],
             profile=orders["profile"],
             images=[self.below_roots(p, workdir, "image") for p in ask["images"]],
@@ -188,6 +210,17 @@ class Attempt:
             return text or None
         return codex.rollout_message(self.orders["home"], reader.thread) if reader.thread else None
 
+    def spent(self, reader: Reader) -> tuple[dict[str, int], str | None]:
+        """Tokens of the whole thread, and the model; a turn that did not complete
+        tells them only in its rollout."""
+        from codexd import codex
+
+        usage, model = reader.usage, self.orders["model"]
+        if reader.thread and not (usage and model):
+            told, named = codex.spent(self.orders["home"], reader.thread)
+            usage, model = usage or told, model or named
+        return usage, model
+
     def finish(self, outcome: str, message: str, **evidence: object) -> None:
         """result.json: from here on the attempt has ended, whoever dies."""
         from codexd import clock
@@ -205,11 +238,13 @@ class Attempt:
         }
         durable.write_json(self.path("result.json"), {**result, **evidence})
 
-    def conclude(self, turn: Turn) -> None:
-        """Judge the turn, and write down what it came to."""
-        from codexd import codex
+    def conclude(self, turn: Turn) -> str:
+        """Judge the turn, and write down what it came to: its outcome."""
+        from codexd import cgroup, codex
+        from codexd.outcome import Outcome
 
         reader, answer = turn.reader, self.answer(turn.reader)
+        usage, model = self.spent(reader)
         outcome, message = codex.judge(
             reader,
             exit_status=turn.status,
@@ -218,19 +253,24 @@ class Attempt:
             stop_reason=turn.stop_reason,
             answer=answer,
         )
+        used = cgroup.of_unit(f"codexd-worker@{self.id}.service")
+        if outcome is Outcome.SIGNAL and cgroup.oom_kills(used):
+            outcome, message = Outcome.OOM, "Codex was killed for want of memory (MemoryMax=)"
         self.finish(
             outcome.value,
             message,
             thread=reader.thread or self.orders["thread"],
             turn_started=reader.turn_started,
             items=reader.items_seen,
-            usage=reader.usage,
+            usage=usage,
+            model=model,
             answer=answer,
             exit_status=turn.status,
             stop_reason=turn.stop_reason,
             stderr=turn.told[:2000].decode("utf-8", "replace"),
-            cost=turn.cost,
+            cost={**turn.cost, **cgroup.cost(used)},
         )
+        return outcome.value
 
 
 def _spawn(argv: list[str], env: dict[str, str], stdin: int) -> tuple[int, int, int]:
@@ -253,22 +293,42 @@ def _spawn(argv: list[str], env: dict[str, str], stdin: int) -> tuple[int, int, 
     return pid, out, err
 
 
-def perform(attempt: Attempt) -> None:
-    """Run Codex once and write the result."""
+def perform(attempt: Attempt) -> int:
+    """Run Codex once and write the result; our exit status."""
     try:
         process = attempt.begin()
     except Exception as problem:
         outcome, message = _why_not(problem)
         attempt.finish(outcome, message)
-        return
+        _ring()
+        attempt.log(_manager(), "attempt.ended", outcome=outcome, why=message)
+        return 0
     from codexd.turn import Turn, catch_signals
 
     wakeup = catch_signals()
-    turn = Turn(attempt.place, attempt.orders, *process)
+    manager = _manager()
+    attempt.log(manager, "attempt.begun", pid=process[0])
+    turn = Turn(attempt.place, attempt.orders, *process, manager)
     turn.run(wakeup)
-    attempt.conclude(turn)
+    outcome = attempt.conclude(turn)
     _ring()
+    attempt.log(manager, "attempt.ended", outcome=outcome, status=turn.status)
     turn.sweep()
+    return STOPPED if outcome == "interrupted" else 0
+
+
+def _manager() -> Service | None:
+    """systemd, told that we are up, where we are a unit of it.
+
+    Asked for late, because Codex need not wait for its import.
+    """
+    if "NOTIFY_SOCKET" not in os.environ:
+        return None
+    from codexd.service import Service
+
+    manager = Service("codexd-worker")
+    manager.ready()
+    return manager
 
 
 def _why_not(problem: Exception) -> tuple[str, str]:
@@ -287,11 +347,22 @@ def _why_not(problem: Exception) -> tuple[str, str]:
 
 
 def _ring() -> None:
-    """Tell the daemon that there is a result; it would see us end a moment later."""
+    """Tell the daemon that there is a result; it would see us end a moment later.
+
+    The bell is a FIFO that the unit names, else the pipe that is our standard output.
+    """
     try:
-        os.write(1, b".")
+        bell = os.environ.get("CODEXD_BELL")
+        fd = os.open(bell, os.O_WRONLY | os.O_NONBLOCK) if bell else 1
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.write(fd, b".")
     except OSError:
         pass  # nobody listens, or the bell is ringing already
+
+
+def _done_before() -> int:
+    _manager()
+    return 0
 
 
 def main() -> NoReturn:
@@ -303,10 +374,8 @@ def main() -> NoReturn:
         print("usage: codexd-worker [--tasks DIRECTORY] ID", file=sys.stderr)
         sys.exit(2)
     attempt = Attempt(tasks, args[0])
-    if attempt.mark():
-        perform(attempt)
     # Nothing of the interpreter is worth tearing down: the result is on disk.
-    os._exit(0)
+    os._exit(perform(attempt) if attempt.mark() else _done_before())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pwd
 import re
@@ -60,6 +61,8 @@ def test_without_a_file_the_defaults_hold(dirs: Directories) -> None:
     assert found.limits.file == 1024**2
     assert found.limits.queue == 10_000
     assert found.limits.disk_free == 64 * 1024**2
+    assert (found.limits.task_tokens, found.limits.day_tokens) == (None, None)
+    assert found.retention == config.RetentionConfig(*[90 * 86400.0] * 3)
     assert not dirs.state.exists(), "nothing is created"
 
 
@@ -158,7 +161,8 @@ prompt:
   policy: ""
 http: {listen: '[::1]:8080', token_file: token}
 retry: {base: 1s, cap: 1d}
-limits: {file: 512K, queue: 1, disk_free: 2G}
+limits: {file: 512K, queue: 1, disk_free: 2G, task_tokens: 1000, day_tokens: 50000}
+retention: {answers: 1h, archive: never, rejected: 1d}
 """,
     )
     state = dirs.state
@@ -177,6 +181,8 @@ limits: {file: 512K, queue: 1, disk_free: 2G}
     assert (found.retry.base, found.retry.cap) == (1.0, 86400.0)
     assert (found.limits.file, found.limits.queue) == (524288, 1)
     assert found.limits.disk_free == 2 * 1024**3
+    assert (found.limits.task_tokens, found.limits.day_tokens) == (1000, 50_000)
+    assert found.retention == config.RetentionConfig(3600.0, math.inf, 86400.0)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +221,7 @@ def test_root_means_child_processes(tmp_path: Path) -> None:
 
 TOP = (
     "workers, launcher, workdir, workdirs, timeout, idle_timeout, attempts, "
-    "codex, memory, prompt, http, retry, limits"
+    "codex, memory, prompt, http, retry, limits, retention"
 )
 WHOLE = "a whole number from"
 DURATION = "such as 90s, 30m or 2h"
@@ -233,7 +239,14 @@ PATH = "a path: absolute, relative or ~/..., at most 4096 bytes"
     ("text", "message"),
     [
         ("wokers: 4", f":1: wokers: unknown key (did you mean workers?); allowed: {TOP}"),
-        ("\nretention: {answers: 90d}", f":2: retention: unknown key; allowed: {TOP}"),
+        (
+            "\nretention: {answers: 90d, archive: 59m}",
+            f":2: retention.archive: found '59m'; allowed: never, or a duration from 1h to 36500d, {DURATION}",
+        ),
+        (
+            "limits: {day_tokens: 0}",
+            f":1: limits.day_tokens: found '0'; allowed: {WHOLE} 1 to 1{'0' * 15}",
+        ),
         ("on: {done: mail}", f":1: on: unknown key; allowed: {TOP}"),
         (
             "codex:\n  binary: x",
@@ -340,6 +353,7 @@ def test_below_a_root() -> None:
         "sessions": "/srv/c/sessions",
         "transcripts": "/srv/c/transcripts",
         "keys": "/srv/c/keys",
+        "usage": "/srv/c/usage",
         "work": "/srv/c/work",
         "codex_home": "/srv/c/codex",
         "http_socket": "/srv/c/run/http.sock",

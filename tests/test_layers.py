@@ -13,24 +13,26 @@ PACKAGE = Path(__file__).resolve().parent.parent / "codexd"
 # One line is one layer; files of one layer do not import each other.
 LAYERS = [
     "outcome",
-    "model clock",
+    "model clock messages",
     "dispatch policy prompt line relevance command",
-    "durable document lock events notes settled",
-    "config quota verdict replies book heartbeat",
-    "codex taskfile memory take",
-    "spool place ledger session transcript turn launcher service scripted program",
-    "view gate finish framing metrics openapi sockets",
-    "report control intake orders routes usage",
-    "worker master api submit",
+    "durable document lock events notes settled journal cgroup",
+    "config canary rollout quota verdict replies book heartbeat exits service",
+    "codex taskfile memory take processes units",
+    "spool place profile ledger session spend transcript turn scripted program",
+    "view gate finish retention framing metrics openapi sockets launcher",
+    "report control intake orders sweep routes usage",
+    "attempts",
+    "worker master api submit schedule",
     "http",
     "serve",
     "cli",
     "selftest",
 ]
 ORDER = {name: n for n, line in enumerate(LAYERS) for name in line.split()}
-PURE = ["outcome", "model", "dispatch", "policy", "prompt"]
+PURE = ["outcome", "model", "dispatch", "policy", "prompt", "messages"]
 LEAN = ["outcome", "clock", "prompt", "durable", "lock", "events", "verdict", "quota", "codex",
-        "memory", "relevance", "notes", "turn", "worker"]  # fmt: skip
+        "rollout", "memory", "relevance", "notes", "turn", "worker", "canary",
+        "cgroup", "journal", "messages"]  # fmt: skip
 # One home for each third-party package.
 HOMES = {"yaml": "document", "watchdog": "spool", "sdnotify": "service"}
 # Only these speak to a log or a terminal; rooms raise.

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from codexd.launcher import Processes
 from codexd.model import Request
+from codexd.processes import Processes
+from codexd.worker import STOPPED
 from tests.daemon import until
 
 ID = "20261123t072011-k3f9qa7x2m"
@@ -161,7 +162,7 @@ def test_sigterm_interrupts_the_turn(tmp_path: Path) -> None:
     events = place.attempt / "events.jsonl"
     until(lambda: events.exists() and "turn.started" in events.read_text(), "a turn")
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(15) == 0
+    assert worker.wait(15) == STOPPED
     assert place.result()["outcome"] == "interrupted"
 
 
@@ -173,7 +174,7 @@ def test_the_end_of_the_daemon_interrupts_the_turn(tmp_path: Path) -> None:
     events = place.attempt / "events.jsonl"
     until(lambda: events.exists() and "turn.started" in events.read_text(), "a turn")
     os.close(write)
-    assert worker.wait(15) == 0
+    assert worker.wait(15) == STOPPED
     assert place.result()["outcome"] == "interrupted"
 
 

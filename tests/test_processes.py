@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from codexd import lock
-from codexd.launcher import Processes
+from codexd.processes import Processes
 
 ROOT = Path(__file__).resolve().parent.parent
 ID, OTHER = "20261123t072011-k3f9qa7x2m", "20261123t072011-k3f9qa7x2n"
@@ -67,7 +67,7 @@ class Scripted(Processes):
     def begin(self, id: str, script: str | None = None) -> int:
         """Start a worker and wait until it is at work; its pid, where it stays."""
         self.script = script or self.script
-        self.start(id)
+        self.start([id], {})
         until(lambda: self.ready(id).exists(), "the worker is ready")
         return int(self.ready(id).read_text() or 0)
 
@@ -117,7 +117,7 @@ def test_the_real_worker_is_what_it_starts(tmp_path: Path) -> None:
     for name in ("attempt.json", "result.json"):
         (attempt / name).write_text("{}")
     launcher = Processes(tmp_path / "tasks", tmp_path)
-    launcher.start(ID)
+    launcher.start([ID], {})
     child = launcher._children[ID]
     assert launcher.active() == {ID}
     assert child.wait(10) == 0
@@ -158,16 +158,17 @@ def test_active_from_start_to_end(launcher: Scripted) -> None:
 
 def test_one_worker_of_a_task(launcher: Scripted) -> None:
     pid = launcher.begin(ID)
-    with pytest.raises(BlockingIOError):
-        launcher.start(ID)
+    launcher.start([ID], {})
+    assert "Resource temporarily unavailable" in str(launcher.refusal(ID))
+    assert launcher.refusal(ID) is None, "it is told once"
     assert alive(pid)
     assert launcher.active() == {ID}
 
 
 def test_a_program_that_cannot_be_started(launcher: Scripted) -> None:
     launcher.command = lambda id: [f"/nonexistent/{id}"]  # type: ignore[method-assign]
-    with pytest.raises(FileNotFoundError):
-        launcher.start(ID)
+    launcher.start([ID], {})
+    assert "No such file" in str(launcher.refusal(ID))
     assert launcher.active() == set()
     assert not lock.is_held(launcher._path(ID))
     del launcher.command
@@ -204,7 +205,7 @@ def test_many_starts_leave_nothing(launcher: Scripted) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         for n in range(4):
-            launcher.start(f"20261123t072011-{n:010}")
+            launcher.start([f"20261123t072011-{n:010}"], {})
         until(lambda: not launcher.active(), "all are gone")
     assert len(os.listdir("/proc/self/fd")) == before
     assert locks(launcher) == []
@@ -238,7 +239,7 @@ def test_kill_ends_it_with_everything_it_started(launcher: Scripted, script: str
 DAEMON = """
 import sys, time
 from pathlib import Path
-from tests.test_launcher import Scripted
+from tests.test_processes import Scripted
 one = Scripted(Path(sys.argv[1]))
 print(one.begin(sys.argv[2], sys.argv[3]), flush=True)
 time.sleep(60)
@@ -268,8 +269,9 @@ def test_a_new_daemon_waits_for_what_the_last_left_and_then_ends_it(
     began = time.monotonic()
     assert launcher.working() == launcher.active() == {ID}
     assert launcher.pause(time.monotonic()) == pytest.approx(0.1)
-    with pytest.raises(BlockingIOError):
-        launcher.start(ID)
+    launcher.start([ID], {})
+    assert "Resource temporarily unavailable" in str(launcher.refusal(ID))
+    assert launcher.refusal(ID) is None, "it is told once"
     assert alive(pid)
     until(lambda: not launcher.active(), "it was ended")
     assert time.monotonic() - began >= launcher.grace

@@ -1,0 +1,140 @@
+"""Attempts: those that ended are judged, those that may begin are begun.
+
+Part of the master, which calls `collect`, `awake` and `dispatch` in every round,
+in this order.  A worker is started only after its orders and its ledger line
+are on disk; an attempt is judged at once when its result is there, for Codex
+ended before that, and without a result only when nothing of it lives.
+
+May fail: what the host refuses is told, and done again in the next round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from codexd import clock, dispatch, place
+from codexd.config import Config
+from codexd.finish import Finish, Finished
+from codexd.gate import Keeper
+from codexd.launcher import Launcher
+from codexd.ledger import Ledger
+from codexd.model import Event, Kind, State, Task
+from codexd.orders import Orders
+from codexd.outcome import Outcome
+
+Record = Callable[[list[Event]], None]
+
+
+class Attempts:
+    """What runs, and what comes of it."""
+
+    def __init__(
+        self,
+        config: Config,
+        ledger: Ledger,
+        launcher: Launcher,
+        keeper: Keeper,
+        finish: Finish,
+        record: Record,
+        refused: Callable[..., None],
+        error: Callable[..., None],
+    ) -> None:
+        """`refused` is told what the host would not do, `error` is the master's log."""
+        self.config = config
+        self.dirs = config.dirs
+        self.ledger = ledger
+        self.launcher = launcher
+        self.keeper = keeper
+        self.finish = finish
+        self.orders = Orders(config, keeper, finish)
+        self.record = record
+        self.refused = refused
+        self.error = error
+        self.concluded: set[str] = set()  # to be moved to the archive
+        self.wake_at: dict[str, float] = {}
+
+    # --- attempts that ended ------------------------------------------------------
+
+    def collect(self, now: float) -> None:
+        """Judge every attempt that has ended."""
+        running = [t for t in self.ledger.book.tasks.values() if t.state is State.RUNNING]
+        ended = [t for t in running if self._has_result(t)]
+        if len(ended) < len(running):
+            working = self.launcher.working()
+            lost = [t for t in running if t not in ended and t.id not in working]
+            alive = self.launcher.active() if lost else set()
+            ended += [t for t in lost if t.id not in alive]
+        finished = [f for f in map(self._judged, ended) if f]
+        self.finish.spend.save()  # before the ledger: what it has is not judged again
+        self.record([f.event for f in finished])
+        for one in finished:
+            self._after(one, now)
+        running = [t for t in self.ledger.book.tasks.values() if t.state is State.RUNNING]
+        self.launcher.tidy({t.id for t in running})
+
+    def _judged(self, task: Task) -> Finished | None:
+        """What its attempt came to; None while that cannot be said, or not be written."""
+        try:
+            if why := self.launcher.refusal(task.id):
+                self.error("worker.refused", task=task.id, session=task.session, why=why)
+                return self.finish.judge(task, refused=why)
+            ended = self.launcher.ended(task.id)
+            if ended is None and self.launcher.survives and self.finish.was_stopped(task):
+                if task.id in self.launcher.active():
+                    return None  # its exit record will say who stopped it
+            return self.finish.judge(task, ended)
+        except OSError as error:
+            self.refused(error, task=task.id, session=task.session)
+            return None
+
+    def _has_result(self, task: Task) -> bool:
+        return (place.attempt(self.dirs, task.id, task.launches) / "result.json").exists()
+
+    def _after(self, one: Finished, now: float) -> None:
+        if one.close:
+            self.keeper.met(one.outcome, one.message)
+        elif one.outcome in (Outcome.DONE, Outcome.NO_ANSWER):
+            self.keeper.passed()
+        if one.ran:
+            self.keeper.open(Outcome.HOST.value)
+        if one.event.id not in self.ledger.book.tasks:
+            self.concluded.add(one.event.id)
+        elif one.delay:
+            self.wake_at[one.event.id] = now + one.delay
+
+    def awake(self, now: float) -> None:
+        """Tasks whose pause is over go back to the queue."""
+        events = []
+        tasks = self.ledger.book.tasks
+        for id in [i for i in self.wake_at if i not in tasks or not tasks[i].until]:
+            del self.wake_at[id]  # released, held or cancelled meanwhile
+        for task in tasks.values():
+            if task.state is State.WAITING and task.until:
+                if task.id not in self.wake_at:  # we were started meanwhile
+                    left = clock.epoch(task.until) - time.time()
+                    self.wake_at[task.id] = now + min(max(left, 0.0), self.config.retry.cap)
+                if now >= self.wake_at[task.id]:
+                    del self.wake_at[task.id]
+                    events.append(Event(clock.now(), Kind.QUEUED, task.id))
+        self.record(events)
+
+    # --- attempts that begin --------------------------------------------------------
+
+    def dispatch(self, now: float) -> None:
+        """Start what may start: orders, then the ledger, then the worker."""
+        active = self.launcher.active()
+        gate = self.keeper.gate(now)
+        chosen = dispatch.ready(self.ledger.book.tasks.values(), gate, self.config.workers, active)
+        events = [e for e in map(self._ordered, chosen) if e]
+        self.record(events)
+        self.launcher.start([e.id for e in events if e.kind is Kind.RUNNING], self.orders.limits)
+        self.concluded |= {e.id for e in events if e.kind is not Kind.RUNNING}
+
+    def _ordered(self, task: Task) -> Event | None:
+        """The event that begins its attempt; None while a file of its own is in the way."""
+        try:
+            return self.orders.order(task)
+        except OSError as error:
+            self.refused(error, task=task.id, session=task.session)
+            return None

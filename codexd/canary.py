@@ -1,0 +1,94 @@
+"""Whether Codex, here, keeps the files from commands that our permission profile denies.
+
+A Codex may be too old for profiles, change what they mean, or have a sandbox
+that does not work; none of that is told, so it is tried, by a command in a real
+sandbox that looks at the profile's own file.  It is the worker that tries: the
+master's unit has no namespaces to do it in.  Tried once for each Codex and
+config.toml; what it came to is kept in CODEX_HOME/.codexd/hides.json.
+
+May fail with OSError.  Lean: the worker uses it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from codexd import durable
+from codexd.command import PERMISSIONS, PROFILE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SANDBOXES = ("read-only", "workspace-write")  # there is a permission profile for each
+_WAIT = 20  # seconds
+_LOOK = 'if (: < "$1") 2>/dev/null; then echo open; else echo hidden; fi'
+
+
+def verdict(home: str) -> str | None:
+    """Why the profile was found not to work; None if it does, or was not tried yet."""
+    try:
+        why = durable.read_json(_verdict(home), 1 << 16).get("why")
+    except (FileNotFoundError, ValueError):
+        return None
+    return str(why) if why else None
+
+
+def hides(binary: str, home: str, env: Mapping[str, str]) -> str | None:
+    """Why this Codex, here, does not keep secrets from commands; None if it does.
+
+    Tried when it is not known yet.  Raises OSError when it cannot be told.
+    """
+    of = [binary, _stamp(binary), _stamp(os.path.join(home, "config.toml"))]
+    try:
+        known = durable.read_json(_verdict(home), 1 << 16)
+        if known.get("of") == of:
+            why = known.get("why")
+            return str(why) if why else None
+    except (FileNotFoundError, ValueError):
+        pass  # not tried yet
+    why = next(filter(None, (_try(binary, home, env, sandbox) for sandbox in SANDBOXES)), None)
+    durable.write_json(_verdict(home), {"of": of, "why": why})
+    return why
+
+
+def _verdict(home: str) -> str:
+    return os.path.join(home, ".codexd", "hides.json")
+
+
+def _stamp(path: str) -> list[int]:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return []
+    return [found.st_ino, found.st_mtime_ns, found.st_size]
+
+
+def _try(binary: str, home: str, env: Mapping[str, str], sandbox: str) -> str | None:
+    """Whether a command in a real sandbox is kept from the profile's own file."""
+    import subprocess
+
+    place = os.path.join(home, ".codexd", "try")
+    os.makedirs(place, 0o700, exist_ok=True)
+    canary = os.path.join(home, f"{PROFILE}.config.toml")
+    os.close(os.open(canary, os.O_RDONLY | os.O_CLOEXEC))  # there, and ours to read
+    chosen = f'default_permissions="{PERMISSIONS}{sandbox}"'
+    command = [binary, "sandbox", "-p", PROFILE, "-c", chosen, "--", "/bin/sh", "-c", _LOOK]
+    try:
+        ran = subprocess.run(
+            [*command, "sh", canary],
+            cwd=place,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_WAIT,
+        )
+    except subprocess.TimeoutExpired:
+        raise OSError(f"{binary} sandbox did not answer within {_WAIT} s") from None
+    if ran.returncode == 0 and ran.stdout.strip() == b"hidden":
+        return None
+    if ran.stdout.strip() == b"open":
+        return f"{binary} does not heed permission profiles ({sandbox})"
+    lines = ran.stderr.decode("utf-8", "replace").splitlines()
+    said = " ".join(line.strip() for line in lines if not line.startswith("WARNING"))[:300]
+    return f"{binary} sandbox does not work with a permission profile ({sandbox}): {said}"

@@ -1,0 +1,105 @@
+"""A schedule: delivers schedules/NAME.md into the inbox, once for each time that it is due.
+
+Run by codexd-schedule@NAME.service, which codexd-schedule@NAME.timer starts.  When
+that is, the timer says; what is to be done, the file, which is read anew each time.
+
+Promises: the task's key is NAME and the time at which the timer elapsed (without a
+timer: this minute), so to run again for the same time does nothing.  While an earlier
+delivery still lies in the inbox, as it does when codexd is stopped, there is no
+further one: after any outage a schedule has one task to catch up on.
+
+May fail: a file that is missing or not valid, an inbox that cannot be written.  Why
+is logged, the exit status is not 0, and the next time is tried as if nothing was.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from codexd import durable, spool, taskfile
+from codexd.config import ConfigError
+from codexd.model import Request
+from codexd.program import Exit, directories, options
+from codexd.service import Level, Service
+
+ELAPSED = "TRIGGER_TIMER_REALTIME_USEC"  # systemd's, from version 252 on
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", re.ASCII)
+_STAMP = "%Y%m%dT%H%M%SZ"
+_STAMPED = r"[0-9]{8}T[0-9]{6}Z"
+_MOST = 64 << 20  # bytes read of a task file; the master knows its own limit
+
+
+def key(name: str, env: Mapping[str, str], now: float) -> str:
+    """What stands for this one time; `now` is in seconds since 1970."""
+    told = env.get(ELAPSED, "")
+    due = int(told) / 1e6 if told.isdecimal() else now // 60 * 60
+    return f"{name}-{time.strftime(_STAMP, time.gmtime(due))}"
+
+
+def request(file: Path, key: str) -> Request:
+    """What the schedule's file asks for.  Raises OSError, ValueError with the reason."""
+    # An admin may keep the file elsewhere; durable.read follows no link.
+    data = durable.read(os.path.realpath(file), _MOST)
+    try:
+        found = taskfile.parse(file.name, data, max_bytes=_MOST)
+    except taskfile.Refused as why:
+        raise ValueError(f"{file}: {why}") from why
+    if found.key is not None:
+        raise ValueError(f"{file}: key: a schedule's tasks get keys of their own; remove it")
+    return replace(found, key=key)
+
+
+def waiting(inbox: Path, name: str) -> str | None:
+    """An earlier delivery that nobody took yet."""
+    delivered = re.compile(rf"{re.escape(name)}-{_STAMPED}\.json", re.ASCII)
+    names, _ = spool.scan(inbox)
+    return next((found for found in names if delivered.fullmatch(found)), None)
+
+
+def deliver(name: str, file: Path, inbox: Path, service: Service) -> Exit:
+    """One delivery, and the word about it."""
+    this = key(name, os.environ, time.time())
+    try:
+        asked = request(file, this)
+        if earlier := waiting(inbox, name):
+            why = f"{earlier} still lies in the inbox; is codexd running?"
+            service.log(Level.WARNING, "schedule.skipped", schedule=name, key=this, why=why)
+            return Exit.DONE
+        spool.deliver(inbox, f"{this}.json", taskfile.dump(asked))
+    except (OSError, ValueError) as problem:
+        service.log(Level.ERROR, "schedule.refused", schedule=name, key=this, why=_why(problem))
+        return Exit.PERMISSION if isinstance(problem, PermissionError) else Exit.FAILED
+    told = {"schedule": name, "key": this, "session": asked.session}
+    service.log(Level.INFO, "schedule.delivered", **told)
+    return Exit.DONE
+
+
+def _why(problem: OSError | ValueError) -> str:
+    if isinstance(problem, OSError):
+        return f"{problem.filename}: {problem.strerror}"
+    return str(problem)
+
+
+def main() -> None:
+    parser = options("codexd-schedule", "deliver schedules/NAME.md into the inbox")
+    parser.add_argument("name", metavar="NAME")
+    args = parser.parse_args()
+    if not NAME.fullmatch(args.name):
+        parser.error(f"{args.name!r} is no schedule's name: 1 to 61 of A-Z a-z 0-9 . _ -, "
+                     "beginning with a letter or a digit")  # fmt: skip
+    try:
+        dirs = directories(args)
+    except ConfigError as error:
+        parser.error(str(error))
+    file = dirs.schedules / f"{args.name}.md"
+    sys.exit(deliver(args.name, file, dirs.inbox, Service("codexd-schedule")))
+
+
+if __name__ == "__main__":
+    main()

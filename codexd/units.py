@@ -1,0 +1,273 @@
+"""Workers as instances of the unit codexd-worker@.service.
+
+Owns run/exits (but for the records, which the units themselves write) and
+run/limits.  Workers outlive the daemon; the next one adopts what systemd says
+is there.  All is asked of `systemctl`, many units at once, as a child that is
+never waited for: its answer is looked at when it has ended, and one that takes
+longer than DEADLINE has said nothing.
+
+A worker has ended when systemd says so, in an answer that was asked for after
+the worker was started.  An exit record, and a ring of the bell (a FIFO that
+workers and ExecStopPost= write to), only make us ask at once.
+
+Raises UnitsMissing where there is no such unit, OSError while systemd does not
+answer: then nobody knows which workers live, and nothing may be started.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from codexd import exits
+from codexd.config import Directories
+from codexd.exits import Ended
+from codexd.model import ID_PATTERN
+
+DEADLINE = 5.0  # seconds for systemctl
+LOOK = 5.0  # seconds between looks at workers that tell nothing
+BATCH = 16  # units a call: a hundred starts in one transaction take a second
+BELL = ".bell"
+_UNIT = re.compile(rf"codexd-worker@({ID_PATTERN})\.service", re.ASCII)
+_GONE = frozenset({"inactive", "failed"})
+
+
+class UnitsMissing(Exception):
+    """systemd cannot start workers here; the text says why."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """A systemctl that is running."""
+
+    process: subprocess.Popen[bytes]
+    verb: str
+    ids: list[str]
+    began: float
+
+
+class Units:
+    """Workers as systemd units."""
+
+    kind = "systemd"
+    survives = True
+    why: str | None = None
+
+    def __init__(self, dirs: Directories, listen: Callable[[int], None]) -> None:
+        """`listen` is told a descriptor that is readable when the bell rang."""
+        self._exits, self._limits = dirs.exits, dirs.limits
+        self._systemctl = ["systemctl", "--no-ask-password", "--no-pager"]
+        self._systemctl += ["--system"] if dirs.systemwide else ["--user"]
+        self._calls: list[_Call] = []
+        self._alive: dict[str, float] = {}  # id -> since when we take it to be there
+        self._over: set[str] = set()  # of which systemd said that they are gone
+        self._started: set[str] = set()  # of which systemd said to us that it starts them
+        self._refused: dict[str, str] = {}
+        self._asked_at = -math.inf  # when we last asked about all workers
+        self._answered = False
+        self._doubtful = False  # whether a start failed after the last answer
+        self._check()
+        for place in (self._exits, self._limits):
+            place.mkdir(mode=0o750, parents=True, exist_ok=True)
+        listen(_open_bell(self._exits / BELL))
+        self._over = {path.name for path in self._exits.iterdir() if path.name[0] != "."}
+        self._ask()
+        try:
+            self._calls[-1].process.wait(DEADLINE)
+        except subprocess.TimeoutExpired:
+            pass  # it is asked again, and nothing is done before it answers
+        self._tend()
+
+    def _check(self) -> None:
+        """Whether there is such a unit.  Raises UnitsMissing."""
+        sample = "codexd-worker@00000000t000000-0000000000.service"
+        try:
+            told = subprocess.run(
+                [*self._systemctl, "show", "--property=LoadState", "--value", sample],
+                capture_output=True, text=True, timeout=DEADLINE, check=False,
+            )  # fmt: skip
+        except FileNotFoundError as error:
+            raise UnitsMissing("there is no systemctl") from error
+        except subprocess.TimeoutExpired as error:
+            raise UnitsMissing(f"systemctl did not answer within {DEADLINE:g} s") from error
+        if told.returncode:
+            raise UnitsMissing(f"systemctl: {_first(told.stderr)}")
+        if told.stdout.strip() != "loaded":
+            why = "the unit codexd-worker@.service is not installed; `codexd install` does it"
+            raise UnitsMissing(why)
+
+    # --- calls ------------------------------------------------------------------
+
+    def _call(self, verb: str, ids: list[str], *options: str) -> None:
+        units = [unit(id) for id in ids]
+        process = subprocess.Popen(
+            [*self._systemctl, verb, *options, "--", *units],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self._calls.append(_Call(process, verb, ids, time.monotonic()))
+
+    def _each(self, verb: str, ids: Iterable[str], *options: str) -> None:
+        every = list(ids)
+        for first in range(0, len(every), BATCH):
+            self._call(verb, every[first : first + BATCH], *options)
+
+    def _ask(self) -> None:
+        """Which workers are there?"""
+        command = [*self._systemctl, "list-units", "--all", "--output=json"]
+        process = subprocess.Popen(
+            [*command, "codexd-worker@*.service"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self._asked_at = time.monotonic()
+        self._calls.append(_Call(process, "list", [], self._asked_at))
+
+    def _tend(self) -> None:
+        """Look at the calls that have ended; ask again where that is due."""
+        now = time.monotonic()
+        for call in list(self._calls):
+            if call.process.poll() is None:
+                if now - call.began < DEADLINE:
+                    continue
+                call.process.kill()
+            said, complaint = call.process.communicate()
+            self._calls.remove(call)
+            self._heard(call, said, complaint.decode("utf-8", "replace"))
+        if self._due(now) and not any(call.verb == "list" for call in self._calls):
+            self._ask()
+
+    def _due(self, now: float) -> bool:
+        """Whether to ask which workers are there."""
+        return now - self._asked_at >= self._rest
+
+    @property
+    def _rest(self) -> float:
+        """Seconds between two questions."""
+        if not self._answered or self._doubtful:
+            return 1.0
+        if any(self._has_record(id) for id in self._alive):
+            return 0.1  # it has ended, and its unit is just going
+        return LOOK if self._alive else math.inf
+
+    def _heard(self, call: _Call, said: bytes, complaint: str) -> None:
+        if call.verb == "list":
+            if call.process.returncode == 0:
+                self._answered, self._doubtful = True, False
+                self._counted(_there(said), call.began)
+        elif call.verb == "start" and call.process.returncode == 0:
+            self._started.update(call.ids)
+        elif call.verb == "start":
+            why = _first(complaint) or f"systemctl did not answer within {DEADLINE:g} s"
+            self._refused |= dict.fromkeys(call.ids, why)
+            # Some of them may have been started all the same: the next answer says which.
+            self._doubtful, self._asked_at = True, -math.inf
+
+    def _counted(self, there: set[str], asked: float) -> None:
+        """What systemd says is there, as of the time that it was asked."""
+        starting = {id for call in self._calls if call.verb == "start" for id in call.ids}
+        for id, since in list(self._alive.items()):
+            if id not in there and id not in starting and since < asked:
+                del self._alive[id]
+                self._over.add(id)
+        for id in there - self._alive.keys():
+            self._alive[id] = asked
+            self._over.discard(id)
+        for id in there & self._refused.keys():
+            del self._refused[id]
+
+    def _known(self) -> None:
+        self._tend()
+        if not self._answered:
+            what = "systemd does not say which workers there are"
+            raise OSError(errno.ETIMEDOUT, what, "systemctl list-units")
+
+    def _has_record(self, id: str) -> bool:
+        return (self._exits / id).exists()
+
+    # --- what the master does -----------------------------------------------------
+
+    def start(self, ids: Iterable[str], limits: Mapping[str, Mapping[str, int]]) -> None:
+        fresh = list(ids)
+        for id in fresh:
+            (self._exits / id).unlink(missing_ok=True)
+            self._over.discard(id)
+            self._started.discard(id)
+            self._refused.pop(id, None)
+            self._alive[id] = time.monotonic()
+            if id in limits:
+                text = "".join(f"{name}={value}\n" for name, value in limits[id].items())
+                (self._limits / id).write_text(text)
+        self._each("start", fresh, "--no-block")
+
+    def refusal(self, id: str) -> str | None:
+        return self._refused.pop(id, None)
+
+    def working(self) -> Set[str]:
+        self._known()
+        return {id for id in self._alive if not self._has_record(id)}
+
+    def active(self) -> Set[str]:
+        self._known()
+        return self._alive.keys()
+
+    def ended(self, id: str) -> Ended | None:
+        record = exits.read(self._exits / id)
+        if record is None and id in self._started and id in self._over:
+            return exits.vanished()
+        return record
+
+    def stop(self, ids: Iterable[str]) -> None:
+        self._each("stop", ids, "--no-block")
+
+    def kill(self, ids: Iterable[str]) -> None:
+        self._each("kill", ids, "--signal=SIGKILL")
+
+    def tidy(self, running: Set[str]) -> None:
+        for id in self._over - running:
+            (self._exits / id).unlink(missing_ok=True)
+            (self._limits / id).unlink(missing_ok=True)
+            self._over.discard(id)
+            self._started.discard(id)
+
+    def pause(self, now: float) -> float:
+        # Their end is a SIGCHLD; this is for those that do not end.
+        waits = [max(0.05, call.began + DEADLINE - now) for call in self._calls]
+        return min([*waits, self._rest])
+
+
+def unit(id: str) -> str:
+    return f"codexd-worker@{id}.service"
+
+
+def _there(said: bytes) -> set[str]:
+    """The ids of units that are not gone, in what list-units says."""
+    listed = json.loads(said or b"[]")
+    found = {one["unit"]: one["active"] for one in listed}
+    named = {match[1]: state for name, state in found.items() if (match := _UNIT.fullmatch(name))}
+    return {id for id, state in named.items() if state not in _GONE}
+
+
+def _open_bell(path: Path) -> int:
+    """The FIFO, kept from daemon to daemon: workers hold on to it."""
+    try:
+        os.mkfifo(path, 0o600)
+    except FileExistsError:
+        pass
+    # Also for writing, so that it has no end when the last worker closes it.
+    return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
+def _first(text: str) -> str:
+    """The first line of what systemctl said."""
+    return text.strip().split("\n")[0][:300]

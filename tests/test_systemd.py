@@ -1,0 +1,265 @@
+"""codexd as systemd runs it: the real units, in a booted systemd, with the real Codex CLI.
+
+What a user sees, what survives, who ended what, and that nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from codexd.units import unit
+from tests.box import BIN, Box
+from tests.box.host import require
+from tests.daemon import until
+from tests.installed import ALICE, MALLORY, SPOOL, STATE, Installed
+
+pytestmark = pytest.mark.xdist_group("box")
+
+
+@pytest.fixture(scope="module")
+def codexd() -> Iterator[Installed]:
+    require("hybrid")
+    with Box("hybrid") as box:
+        one = Installed(box)
+        box.run("systemctl", "start", "codexd")
+        yield one
+
+
+def pid(one: Installed) -> int:
+    return int(one.box.show("codexd", "MainPID")["MainPID"])
+
+
+# --- what a user sees ----------------------------------------------------------------------
+
+
+def test_a_dropped_file_is_answered(codexd: Installed) -> None:
+    codexd.drop("---\ntitle: a greeting\n---\nhello\n[[shell echo in $PWD]]\n[[say to Alice]]", "one.md")
+    task = codexd.ended("one")
+    front, text = codexd.answer("one")
+    assert (task["state"], text) == ("done", "to Alice\n")
+    assert front["outcome"] == '"done"'
+    assert task["cost"]["cpu_seconds"] > 0
+    assert task["cost"]["memory_peak_bytes"] > 1 << 20, "of the whole control group"
+    outputs = [out for turn in codexd.asked() for out in turn["outputs"] if "in /" in str(out)]
+    assert f"in {STATE}/work" in str(outputs)
+
+
+def test_its_journal_tells_the_whole_story(codexd: Installed) -> None:
+    codexd.drop("[[say a story]]", "story.md")
+    id = codexd.ended("story")["id"]
+    codexd.wait_gone()
+    told = codexd.box.journal(f"CODEXD_TASK={id}")
+    assert [one["CODEXD_EVENT"] for one in told] == [
+        "task.queued", "task.running", "attempt.begun", "attempt.ended", "task.done",
+    ]  # fmt: skip
+    who = [one["SYSLOG_IDENTIFIER"] for one in told]
+    assert who == [f"codexd-{name}" for name in ("master", "master", "worker", "worker", "master")]
+    shown = codexd.box.run("journalctl", f"CODEXD_TASK={id}", "--no-pager", "-o", "cat").stdout
+    assert "attempt.ended" in shown
+
+
+def test_status_is_for_people(codexd: Installed) -> None:
+    codexd.drop("[[shell sleep 3141]]", "long.md")
+    id = codexd.running("long")
+    look = ("systemctl", "status", "--no-pager", "--lines=0")
+
+    def doing() -> str:
+        shown = codexd.box.run(*look, unit(id), check=False).stdout
+        return shown if "sleep 3141" in shown.partition("Tasks:")[0] else ""
+
+    shown = until(doing, "the status says what Codex does")
+    assert f"codexd task {id}" in shown
+    assert 'Status: "running: sleep 3141"' in shown
+    shown = codexd.box.run(*look, "codexd").stdout
+    assert 'Status: "1 running, 0 queued, 0 waiting"' in shown
+    assert json.loads(codexd.box.run(f"{BIN}/codexd", "--json", "status").stdout)["launcher"] == "systemd"
+    codexd.box.run("systemctl", "stop", unit(id))
+    codexd.ended("long")
+
+
+# --- who ended what ------------------------------------------------------------------------
+
+
+def test_systemctl_stop_cancels(codexd: Installed) -> None:
+    codexd.drop("[[shell setsid sleep 2718 & sleep 2719]]", "stopped.md")
+    id = codexd.running("stopped")
+    until(lambda: "sleep 2719" in codexd.command_lines(), "the tool runs")
+    codexd.box.run("systemctl", "stop", unit(id))
+    task = codexd.ended("stopped")
+    assert (task["state"], task["outcome"]) == ("cancelled", "cancelled")
+    assert "systemctl stop" in task["message"]
+    assert "sleep 271" not in codexd.command_lines(), "no process is left"
+    front, _ = codexd.answer("stopped")
+    assert front["state"] == '"cancelled"'
+
+
+def test_cancel_by_command(codexd: Installed) -> None:
+    codexd.drop("[[shell setsid sleep 1618 & sleep 1619]]", "unwanted.md")
+    id = codexd.running("unwanted")
+    codexd.box.run(f"{BIN}/codexd", "task", "cancel", id)
+    task = codexd.ended("unwanted")
+    assert (task["state"], task["message"]) == ("cancelled", "cancelled on request")
+    codexd.wait_gone()
+    assert "sleep 161" not in codexd.command_lines()
+
+
+def test_a_killed_worker_is_named(codexd: Installed) -> None:
+    codexd.drop("---\nattempts: 1\n---\n[[shell sleep 1414]]", "killed.md")
+    id = codexd.running("killed")
+    codexd.box.run("systemctl", "kill", "--signal=SIGKILL", unit(id))
+    task = codexd.ended("killed")
+    assert (task["state"], task["outcome"]) == ("failed", "signal")
+    assert "SIGKILL" in task["message"]
+    assert task["cost"]["cpu_seconds"] > 0, "what it used is known of a killed one, too"
+
+
+def test_a_worker_that_hangs_is_named(codexd: Installed) -> None:
+    codexd.drop_in("codexd-worker@.service", "[Service]\nWatchdogSec=1s\n")
+    codexd.drop("---\nattempts: 1\n---\n[[shell sleep 1732]]", "hung.md")
+    id = codexd.running("hung")
+    codexd.box.run("systemctl", "kill", "--signal=SIGSTOP", "--kill-whom=main", unit(id))
+    task = codexd.ended("hung")
+    codexd.drop_in("codexd-worker@.service", "")
+    assert (task["outcome"], "watchdog" in task["message"]) == ("stall", True)
+
+
+def test_a_worker_that_runs_for_too_long_is_named(codexd: Installed) -> None:
+    codexd.drop_in("codexd-worker@.service", "[Service]\nRuntimeMaxSec=2s\n")
+    codexd.drop("[[shell sleep 2236]]", "late.md")
+    task = codexd.ended("late")
+    codexd.drop_in("codexd-worker@.service", "")
+    assert (task["state"], task["outcome"]) == ("failed", "timeout")
+    assert "RuntimeMaxSec" in task["message"]
+
+
+def test_want_of_memory_is_named(codexd: Installed) -> None:
+    """The worker itself gets no memory: a limit far below what Codex needs."""
+    codexd.drop_in("codexd-worker@.service", "[Service]\nMemoryMax=24M\nMemorySwapMax=0\n")
+    codexd.drop("---\nattempts: 1\n---\n[[say never]]", "greedy.md")
+    task = codexd.ended("greedy")
+    codexd.drop_in("codexd-worker@.service", "")
+    assert (task["state"], task["outcome"]) == ("failed", "oom"), task
+    assert "memory" in task["message"]
+
+
+def test_a_unit_that_cannot_be_set_up_is_named(codexd: Installed) -> None:
+    codexd.drop_in("codexd-worker@.service", "[Service]\nBindPaths=/nonexistent/x\n")
+    codexd.drop("---\nattempts: 1\n---\n[[say never]]", "homeless.md")
+    task = codexd.ended("homeless")
+    codexd.drop_in("codexd-worker@.service", "")
+    assert (task["state"], task["outcome"]) == ("failed", "host")
+    assert "could not be set up" in task["message"]
+
+
+# --- what is asked for, and what was used ------------------------------------------------------
+
+
+# --- what survives ---------------------------------------------------------------------------
+
+
+def test_workers_outlive_the_master(codexd: Installed) -> None:
+    names = [f"w{n}" for n in range(4)]
+    for name in names:
+        codexd.drop(f"[[hold {name}]]\n[[say of {name}]]", f"{name}.md")
+    ids = {name: codexd.running(name) for name in names}
+    before = codexd.invocations(ids.values())
+    codexd.box.run("systemctl", "restart", "codexd")
+    for _ in range(10):
+        was = pid(codexd)
+        codexd.box.run("kill", "-9", str(was))
+        until(lambda was=was: pid(codexd) not in (0, was), "the master is back")  # type: ignore[misc]
+    codexd.box.run("systemctl", "stop", "codexd")
+    assert codexd.invocations(ids.values()) == before
+    codexd.release("w0")
+    codexd.box.run("systemctl", "start", "codexd")
+    for name in names:
+        codexd.release(name)
+    for name in names:
+        assert codexd.ended(name)["state"] == "done"
+        assert codexd.answer(name)[1] == f"of {name}\n"
+        turns = [t for t in codexd.asked() if f"[[hold {name}]]" in t["prompt"]]
+        assert len(turns) == 1, "none was run twice"
+
+
+def test_the_configuration_is_read_again(codexd: Installed) -> None:
+    codexd.configure(codexd.config + "workers: 0\n")
+    codexd.box.run("systemctl", "reload", "codexd")
+    told = until(lambda: codexd.box.journal("CODEXD_EVENT=config.refused"), "it is refused")
+    assert "workers" in told[-1]["MESSAGE"]
+    codexd.drop("[[say all the same]]", "same.md")
+    assert codexd.ended("same")["state"] == "done"
+    codexd.configure(codexd.config + "limits:\n  file: 2K\n")
+    codexd.box.run("systemctl", "reload", "codexd")
+    until(lambda: codexd.box.journal("CODEXD_EVENT=config.loaded"), "it is taken")
+    codexd.drop("x" * 3000, "large.md")
+    rejected = f"{SPOOL}/rejected/large.md.reason"
+    until(lambda: not codexd.box.run("test", "-e", rejected, check=False).returncode, "a reason")
+    codexd.configure(codexd.config)
+    codexd.box.run("systemctl", "reload", "codexd")
+
+
+# --- who may do what -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [
+    "systemctl --no-ask-password start ssh.service",
+    "systemctl --no-ask-password stop codexd-http.socket",
+    "systemctl --no-ask-password daemon-reload",
+    "systemctl --no-ask-password start codexd-worker@..service",
+    "systemctl --no-ask-password start codexd-worker@x.service",
+    "systemctl --no-ask-password set-property codexd.service MemoryMax=1G",
+    "systemd-run --no-ask-password true",
+])  # fmt: skip
+def test_user_codexd_may_only_start_workers(codexd: Installed, command: str) -> None:
+    done = codexd.box.run(*command.split(), user="codexd", check=False)
+    assert done.returncode != 0
+    assert "authentication required" in done.stderr.lower(), done.stderr
+
+
+def test_user_codexd_may_start_and_stop_a_worker(codexd: Installed) -> None:
+    worker = unit("20260101t000000-aaaaaaaaaa")
+    for verb in ("stop", "reset-failed", "kill"):
+        done = codexd.box.run(
+            "systemctl", "--no-ask-password", verb, worker, user="codexd", check=False
+        )
+        assert "authentication" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [
+    f"ls {SPOOL}/answers", f"ls {SPOOL}/inbox", f"cat {STATE}/tasks.md", f"ls {STATE}/codex",
+    f"touch {SPOOL}/inbox/x.md", "cat /etc/codexd/api.env", "ls /run/codexd/exits",
+    f"{BIN}/python -c 'import socket; socket.socket(1).connect(\"/run/codexd/http.sock\")'",
+])  # fmt: skip
+def test_another_user_may_nothing(codexd: Installed, command: str) -> None:
+    done = codexd.box.run("sh", "-c", command, user=MALLORY, check=False)
+    assert done.returncode != 0
+    assert "denied" in done.stderr.lower(), done.stderr
+
+
+def test_a_member_may_not_take_away_what_others_dropped(codexd: Installed) -> None:
+    codexd.box.run("useradd", "--groups", "codexd", "bob")
+    codexd.box.run("systemctl", "stop", "codexd")
+    codexd.drop("[[say mine]]", "mine.md")
+    done = codexd.box.run("rm", "-f", f"{SPOOL}/inbox/mine.md", user="bob", check=False)
+    assert "not permitted" in done.stderr
+    codexd.box.run("systemctl", "start", "codexd")
+    assert codexd.ended("mine")["state"] == "done"
+
+
+def test_http_by_its_socket(codexd: Installed) -> None:
+    ask = ("curl", "-sS", "--unix-socket", "/run/codexd/http.sock")
+    health = json.loads(codexd.box.run(*ask, "http://localhost/health", user=ALICE).stdout)
+    assert health["status"] == "ok"
+    body = json.dumps({"prompt": "[[say over HTTP]]"})
+    post = (*ask, "-H", "Content-Type: application/json", "-d", body, "http://localhost/tasks")
+    id = json.loads(codexd.box.run(*post, user=ALICE).stdout)["id"]
+    get = json.loads(
+        codexd.box.run(*ask, f"http://localhost/tasks/{id}?wait=20", user=ALICE, timeout=40).stdout
+    )
+    assert get["answer"] == "over HTTP"
+    assert codexd.box.show("codexd-http", "ActiveState", "User") == {
+        "ActiveState": "active", "User": "codexd-http",
+    }  # fmt: skip
