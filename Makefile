@@ -1,7 +1,7 @@
 # make demo   drop a task file, let the real Codex CLI run it, show the answer: no account needed
 # make test   run the tests
 # Both do all the set-up, into .venv; the second time it costs nothing.
-# make deb    build the Debian package, into dist/: on Debian 12 or newer, or Ubuntu 24.04
+# make deb    build the Debian package, into dist/: on Debian 12 or newer
 
 PYTHON ?= python3
 VENV := .venv

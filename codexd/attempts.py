@@ -129,6 +129,7 @@ class Attempts:
         events = [e for e in map(self._ordered, chosen) if e]
         self.record(events)
         self.launcher.start([e.id for e in events if e.kind is Kind.RUNNING], self.orders.limits)
+        self.orders.limits.clear()
         self.concluded |= {e.id for e in events if e.kind is not Kind.RUNNING}
 
     def _ordered(self, task: Task) -> Event | None:

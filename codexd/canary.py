@@ -1,4 +1,8 @@
-"""Whether Codex, here, keeps the files from commands that our permission profile denies.
+"""Whether Codex's sandbox works here, and keeps the files from commands that our profile denies.
+
+A sandbox that cannot be set up is not told: commands fail one by one, or leave no
+trace, and the turn ends well.  So a command is tried in it before Codex is run:
+once a day, for each Codex and each boot.
 
 A Codex may be too old for profiles, change what they mean, or have a sandbox
 that does not work; none of that is told, so it is tried, by a command in a real
@@ -12,6 +16,7 @@ May fail with OSError.  Lean: the worker uses it.
 from __future__ import annotations
 
 import os
+import time
 
 from codexd import durable
 from codexd.command import PERMISSIONS, PROFILE
@@ -23,6 +28,28 @@ if TYPE_CHECKING:
 SANDBOXES = ("read-only", "workspace-write")  # there is a permission profile for each
 _WAIT = 20  # seconds
 _LOOK = 'if (: < "$1") 2>/dev/null; then echo open; else echo hidden; fi'
+
+
+def works(binary: str, home: str, env: Mapping[str, str]) -> str | None:
+    """Why commands cannot be run in this Codex's sandbox here; None if they can.
+
+    Only the good is remembered (CODEX_HOME/.codexd/sandbox.json): what is mended is
+    seen at once.  Raises OSError when it cannot be told.
+    """
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    of = [binary, _stamp(binary), boot, time.strftime("%Y-%m-%d"), "INVOCATION_ID" in os.environ]
+    known = os.path.join(home, ".codexd", "sandbox.json")
+    try:
+        if durable.read_json(known, 1 << 16).get("of") == of:
+            return None
+    except (FileNotFoundError, ValueError):
+        pass  # not tried yet
+    status, _, said = _run([binary, "sandbox", "--", "/bin/true"], home, env)
+    if status == 0:
+        durable.write_json(known, {"of": of})
+        return None
+    return f"Codex's sandbox does not work here, so nothing is run: {said or f'status {status}'}"
 
 
 def verdict(home: str) -> str | None:
@@ -66,17 +93,27 @@ def _stamp(path: str) -> list[int]:
 
 def _try(binary: str, home: str, env: Mapping[str, str], sandbox: str) -> str | None:
     """Whether a command in a real sandbox is kept from the profile's own file."""
-    import subprocess
-
-    place = os.path.join(home, ".codexd", "try")
-    os.makedirs(place, 0o700, exist_ok=True)
     canary = os.path.join(home, f"{PROFILE}.config.toml")
     os.close(os.open(canary, os.O_RDONLY | os.O_CLOEXEC))  # there, and ours to read
     chosen = f'default_permissions="{PERMISSIONS}{sandbox}"'
     command = [binary, "sandbox", "-p", PROFILE, "-c", chosen, "--", "/bin/sh", "-c", _LOOK]
+    status, told, said = _run([*command, "sh", canary], home, env)
+    if status == 0 and told == "hidden":
+        return None
+    if told == "open":
+        return f"{binary} does not heed permission profiles ({sandbox})"
+    return f"{binary} sandbox does not work with a permission profile ({sandbox}): {said}"
+
+
+def _run(command: list[str], home: str, env: Mapping[str, str]) -> tuple[int, str, str]:
+    """Status, output and what was said of a short command of Codex's.  Raises OSError."""
+    import subprocess
+
+    place = os.path.join(home, ".codexd", "try")
+    os.makedirs(place, 0o700, exist_ok=True)
     try:
         ran = subprocess.run(
-            [*command, "sh", canary],
+            command,
             cwd=place,
             env=dict(env),
             stdin=subprocess.DEVNULL,
@@ -84,11 +121,7 @@ def _try(binary: str, home: str, env: Mapping[str, str], sandbox: str) -> str | 
             timeout=_WAIT,
         )
     except subprocess.TimeoutExpired:
-        raise OSError(f"{binary} sandbox did not answer within {_WAIT} s") from None
-    if ran.returncode == 0 and ran.stdout.strip() == b"hidden":
-        return None
-    if ran.stdout.strip() == b"open":
-        return f"{binary} does not heed permission profiles ({sandbox})"
+        raise OSError(f"{command[0]} sandbox did not answer within {_WAIT} s") from None
     lines = ran.stderr.decode("utf-8", "replace").splitlines()
     said = " ".join(line.strip() for line in lines if not line.startswith("WARNING"))[:300]
-    return f"{binary} sandbox does not work with a permission profile ({sandbox}): {said}"
+    return ran.returncode, ran.stdout.decode("utf-8", "replace").strip(), said

@@ -52,6 +52,24 @@ def serve(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def install(args: argparse.Namespace) -> int:
+    from codexd.install import install as run
+
+    return run(args)
+
+
+def uninstall(args: argparse.Namespace) -> int:
+    from codexd.install import uninstall as run
+
+    return run(args)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from codexd.doctor import doctor as run
+
+    return run(args)
+
+
 def selftest(args: argparse.Namespace) -> int:
     from codexd.selftest import run
 
@@ -181,8 +199,11 @@ def status(args: argparse.Namespace) -> int:
 
 
 def usage(args: argparse.Namespace) -> int:
-    found = View(directories(args)).usage(args.by)
+    view = View(directories(args))
+    found = view.usage(args.by)
     report.dump(found) if hasattr(args, "json") else report.used(args.by, found)
+    for damage in view.damaged:
+        print(f"codexd: {report.clean(damage)}; not counted", file=sys.stderr)
     return Exit.DONE
 
 
@@ -235,8 +256,9 @@ def _checked(args: argparse.Namespace, name: str) -> Json:
 RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     one.__name__: one
     for one in (
-        ask, check, control, follow, gate, gc, memory, selftest, serve, session_list, session_reset,
-        session_show, show, status, submit, task_list, usage, wait,
+        ask, check, control, doctor, follow, gate, gc, install, memory, selftest, serve,
+        session_list, session_reset, session_show, show, status, submit, task_list, uninstall,
+        usage, wait,
     )
 }  # fmt: skip
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PROFILE = "codexd"  # the file codexd.config.toml in CODEX_HOME; see `profile`
 PERMISSIONS = "codexd-"  # begins the names of the permission profiles in it
 
+_GUIDES = ("AGENTS.override.md", "AGENTS.md")
+
 _PASSED = frozenset([
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ", "TERM", "TMPDIR",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "CODEX_API_KEY",
@@ -47,12 +49,14 @@ def argv(
     output_schema: str | None,
     last_message_file: str,
     thread: str | None,
+    unguided: bool = False,
 ) -> list[str]:
     """The command line of one turn; the prompt goes to its standard input.
 
     Paths are absolute.  Sandbox and workdir are said again for a thread that is
     continued: Codex does not remember them.  `sandbox` is one of Codex's, or
     one of our permission profiles, which does not go with another `profile`.
+    `unguided`: Codex need not look for an AGENTS.md.
     Raises ValueError for a `thread` that is no id and for an image with a comma
     in its path, which Codex takes for a separator and then silently drops.
     """
@@ -63,6 +67,8 @@ def argv(
         # Said here it beats a sandbox_mode in the admin's config.toml; in the file it would not.
         args += ["-p", PROFILE, "-c", f'default_permissions="{sandbox}"']
         sandbox = None
+        if unguided:
+            args += ["-c", "project_doc_max_bytes=0"]
     for option, value in (("-s", sandbox), ("-p", profile), ("-m", model)):
         if value is not None:
             args += [option, value]
@@ -78,6 +84,26 @@ def argv(
     # `resume` and the turn runs in a new thread.
     args += ["-o", last_message_file]
     return [*args, *(["resume", thread] if thread else []), "-"]
+
+
+def is_unguided(workdir: str, home: str) -> bool:
+    """Whether there is no AGENTS.md for Codex to find from `workdir` up.
+
+    With a permission profile it looks for them by a sandboxed process each, which
+    takes longer than all the rest that Codex does.
+    """
+    try:
+        with open(os.path.join(home, "config.toml"), "rb") as file:
+            if b"project_doc_fallback_filenames" in file.read(1 << 20):
+                return False  # they may have other names
+    except FileNotFoundError:
+        pass  # the usual names, then
+    place, above = workdir, os.path.dirname(workdir)
+    while not any(os.path.lexists(os.path.join(place, name)) for name in _GUIDES):
+        if place == above:
+            return True
+        place, above = above, os.path.dirname(above)
+    return False
 
 
 def environment(base: Mapping[str, str], home: str, extra_names: Iterable[str]) -> dict[str, str]:

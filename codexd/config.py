@@ -1,6 +1,6 @@
 """codexd.yaml as a frozen Config, and where everything lies.
 
-`find` chooses the directories, `load` reads the file.  Every key is optional
+`find` chooses the directories (in `directories`), `load` reads the file.  Every key is optional
 and known, has one type and a range; anything else is a ConfigError with file,
 line, key, what was found and what is allowed.  Without a file the defaults hold.
 
@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import math
 import os
-import pwd
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 from codexd import document
+from codexd.directories import Directories as Directories
+from codexd.directories import find as find
 from codexd.document import Document, DocumentError, Fields, Rule, Scalar, integer, string
 from codexd.model import Sandbox
 
@@ -49,6 +49,11 @@ def size(low: int, high: int, span: str) -> Rule[int]:
     """Bytes, from `512M` (K, M, G: powers of 1024) or a plain number of bytes."""
     allowed = f"a size from {span}, such as 512K, 64M or 1G"
     return _scaled(r"([0-9]{1,15})([KMG]?)", _BYTES, int, low, high, allowed)
+
+
+def percent(low: int, high: int, span: str) -> Rule[int]:
+    """Percent of one processor, from `150%` or a plain number of percent."""
+    return _scaled(r"([0-9]{1,7})(%?)", {"": 1, "%": 1}, int, low, high, f"from {span} of one CPU")
 
 
 def _scaled(
@@ -89,101 +94,6 @@ ATTEMPTS = integer(1, 20)
 SANDBOX = document.choice(Sandbox)
 NAME = string(_WORD.fullmatch, "1 to 100 of A-Z a-z 0-9 . _ : / -, not beginning with -")
 PATH = string(_is_path, "a path: absolute, relative or ~/..., at most 4096 bytes")
-
-
-@dataclass(frozen=True, slots=True)
-class Directories:
-    """Every path of an installation.  None need exist."""
-
-    config_file: Path
-    state: Path
-    run: Path
-    inbox: Path
-    rejected: Path
-    answers: Path
-    schedules: Path
-    ledger: Path
-    checkpoint: Path
-    lock: Path
-    tasks: Path
-    archive: Path
-    sessions: Path
-    transcripts: Path
-    keys: Path
-    usage: Path
-    work: Path
-    codex_home: Path  # the default; Config.codex.home is the one in use
-    http_socket: Path
-    exits: Path
-    limits: Path
-    heartbeat: Path
-    rooted: bool  # everything below one --root
-    systemwide: bool  # served by a unit of the system's, not of a user's
-
-    @classmethod
-    def below(cls, root: Path) -> Directories:
-        """The paths of --root."""
-        root = Path(os.path.abspath(root))
-        return replace(cls._at(root, root, root, root / "run"), rooted=True)
-
-    @classmethod
-    def system(cls) -> Directories:
-        spool, state = Path("/var/spool/codexd"), Path("/var/lib/codexd")
-        run = Path("/run/codexd")  # root's, for systemd makes the socket in it
-        own = run / "master"
-        found = cls._at(Path("/etc/codexd"), spool, state, run)
-        return replace(found, run=own, heartbeat=own / "heartbeat", systemwide=True)
-
-    @classmethod
-    def user(cls, env: Mapping[str, str]) -> Directories:
-        """XDG paths; without XDG_RUNTIME_DIR, `run` lies in the state directory."""
-
-        def base(name: str) -> Path | None:
-            value = env.get(name, "")
-            return Path(value) if os.path.isabs(value) else None  # XDG: ignore relative ones
-
-        home = base("HOME") or Path(pwd.getpwuid(os.geteuid()).pw_dir)
-        config = (base("XDG_CONFIG_HOME") or home / ".config") / "codexd"
-        state = (base("XDG_STATE_HOME") or home / ".local/state") / "codexd"
-        runtime = base("XDG_RUNTIME_DIR")
-        return cls._at(config, state, state, runtime / "codexd" if runtime else state / "run")
-
-    @classmethod
-    def _at(cls, config: Path, spool: Path, state: Path, run: Path) -> Directories:
-        named = {name: spool / name for name in ("inbox", "rejected", "answers", "schedules")}
-        named |= {name: state / name for name in ("lock", "tasks", "archive", "sessions")}
-        named |= {name: state / name for name in ("transcripts", "keys", "usage", "work")}
-        named |= {name: run / name for name in ("exits", "limits", "heartbeat")}
-        return cls(
-            config_file=config / "codexd.yaml",
-            state=state,
-            run=run,
-            ledger=state / "tasks.md",
-            checkpoint=state / "checkpoint.json",
-            codex_home=state / "codex",
-            http_socket=run / "http.sock",
-            rooted=False,
-            systemwide=False,
-            **named,
-        )
-
-
-def find(
-    root: Path | None, config_file: Path | None, env: Mapping[str, str], uid: int
-) -> Directories:
-    """Below --root, else the system's for root and the user codexd, else XDG; --config."""
-    if root is not None:
-        dirs = Directories.below(root)
-    else:
-        dirs = Directories.system() if _is_system(uid) else Directories.user(env)
-    return replace(dirs, config_file=Path(os.path.abspath(config_file or dirs.config_file)))
-
-
-def _is_system(uid: int) -> bool:
-    try:
-        return uid == 0 or pwd.getpwuid(uid).pw_name in ("codexd", "codexd-http")
-    except KeyError:  # a uid without a name, as in containers
-        return False
 
 
 class Launcher(StrEnum):

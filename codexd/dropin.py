@@ -37,7 +37,8 @@ def texts(config: Config, own: Iterable[Path], codex: str | None) -> dict[str, s
     `own` are directories that codexd's programs need, `codex` is the Codex
     binary as it is called, where there is one.
     """
-    programs = [*own, *(_of_codex(codex) if codex else ())]
+    ours = list(own)
+    programs = [*ours, *(_of_codex(codex) if codex else ())]
     roots = [*config.workdirs, config.workdir]
     home = config.codex.home
     notes = [Path(p) for p in map(os.path.expanduser, config.memory.paths) if os.path.isabs(p)]
@@ -45,7 +46,7 @@ def texts(config: Config, own: Iterable[Path], codex: str | None) -> dict[str, s
     found = {
         WORKER: _service(config, [*roots, home], [*notes, *programs]) + _personal(config),
         MASTER: _service(config, [home], programs),
-        HTTP: _service(config, [], [*programs, *([token] if token else [])]),
+        HTTP: _service(config, [], [*ours, *([token] if token else [])]),
         SOCKET: _listen(config),
     }
     return {unit: "\n".join(lines) + "\n" for unit, lines in found.items() if lines}

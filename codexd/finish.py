@@ -41,6 +41,7 @@ class Result:
     began: bool = True  # passed the at-most-once point
     ran: bool = True  # Codex ran
     turned: bool = False  # a turn began: the model may have acted
+    gate: bool = False  # no other task could be run either
     ended: bool = True  # by itself, or by the worker's own clocks
     usage: Mapping[str, int] | None = None  # of the whole thread
     model: str | None = None
@@ -156,8 +157,8 @@ class Finish:
             cap=self.config.retry.cap,
             chance=(crc32(f"{task.id}/{task.launches}".encode()) % 1000) / 1000,
         )
-        if refused and not found.began:
-            found = replace(found, outcome=Outcome.HOST, message=refused)
+        if found.gate or (refused and not found.began):
+            found = replace(found, outcome=Outcome.HOST, message=refused or found.message)
             step = policy.Step(Kind.QUEUED, counted=False, close=True)
         if step.close and task.launches >= MEETINGS:
             step = replace(step, kind=Kind.FAILED, counted=True)
@@ -309,6 +310,7 @@ def _checked(found: Mapping[str, object], task: Task) -> Result:
         answer=answer if isinstance(answer, str) else None,
         ran="exit_status" in found,
         turned=bool(found.get("turn_started")),
+        gate=found.get("gate") is True,
         ended=found.get("stop_reason") != "interrupted" or outcome is Outcome.DONE,
         usage=_numbers(usage, USAGE_KEYS),
         model=model if isinstance(model, str) else None,

@@ -134,6 +134,11 @@ class Keeper:
 
     # --- looking --------------------------------------------------------------
 
+    @property
+    def seen(self) -> tuple[object, ...]:
+        """The Codex that was found: another after each upgrade."""
+        return self._seen
+
     def look_again(self) -> None:
         """The configuration is another: what it says of Codex has to be found anew."""
         self._seen = self._login = ()

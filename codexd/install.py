@@ -23,7 +23,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from codexd import codex, config, dropin, durable, layout, spool
@@ -36,6 +36,8 @@ PROGRAMS = ("codexd", "codexd-master", "codexd-worker", "codexd-http")
 SERVICE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # systemd's own
 BOOTED = Path("/run/systemd/system")
 _WAIT = 60  # seconds for a tool
+_TMPFILES = Path("/usr/lib/tmpfiles.d/codexd.conf")  # of a package
+_SYSTEM_STATE, _USER_STATE = Directories.system().state, ".local/state/codexd"
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -71,27 +73,19 @@ def scene(user: bool, prefix: Path | None = None) -> Scene:
     Raises config.ConfigError.
     """
     if user:
-        _runtime()
+        runtime()
         dirs = Directories.user(os.environ)
         target = Target.user(Path.home(), os.environ)
     else:
         system_home()
         dirs, target = Directories.system(), Target.system()
-    found = dirs
     if prefix:
         target = target.below(prefix)
-        found = _configured(dirs, prefix / dirs.config_file.relative_to("/"))
-    settings = config.load(found, explicit=False)
-    return Scene(target, settings, user, prefix)
+        dirs = replace(dirs, config_file=prefix / dirs.config_file.relative_to("/"))
+    return Scene(target, config.load(dirs, explicit=False), user, prefix)
 
 
-def _configured(dirs: Directories, file: Path) -> Directories:
-    from dataclasses import replace
-
-    return replace(dirs, config_file=file)
-
-
-def _runtime() -> None:
+def runtime() -> None:
     """`su` and `sudo` leave it out; the user's systemd has it all the same."""
     there = f"/run/user/{os.geteuid()}"
     if not os.environ.get("XDG_RUNTIME_DIR") and os.path.isdir(there):
@@ -141,30 +135,35 @@ def own_places(programs: Path) -> list[Path]:
 
 def plan(scene: Scene) -> dict[Path, File]:
     """Every file of the installation.  Raises Trouble."""
-    place, source = programs(), data()
-    try:
-        found = codex.find(scene.config.codex.bin, os.environ.get("PATH"))
-    except codex.Missing:
-        found = None
-    try:
-        own = [] if scene.prefix else own_places(place)
-        dropins = dropin.texts(scene.config, own, None if scene.prefix else found)
-    except dropin.Unfit as why:
-        raise Trouble(Exit.CONFIGURATION, str(why)) from why
-    target = scene.target
-    if scene.packaged and not scene.user:
-        told = Path("/usr/lib/tmpfiles.d/codexd.conf")
-        ages = layout.ageing(target, scene.config, told.read_text()) if told.exists() else {}
-        return layout.derived(target, dropins) | ages
+    place, target = programs(), scene.target
+    if scene.packaged and scene.config.dirs.state not in (_SYSTEM_STATE, Path.home() / _USER_STATE):
+        why = "the units of a package know only ~/.local/state: unset XDG_STATE_HOME"
+        raise Trouble(Exit.CONFIGURATION, why)
+    dropins = _dropins(scene, place)
     if scene.packaged:
-        return layout.derived(target, dropins)
-    named = scene.target.scripts
+        ages = {} if scene.user else layout.ageing(target, scene.config, _TMPFILES.read_text())
+        return layout.derived(target, dropins) | ages
+    named = target.scripts
     if scene.prefix:
         named = Path("/", named.relative_to(scene.prefix))
     for one in (place, named):
         if any(c in "%\"'\\$" or c.isspace() for c in str(one)):
             raise Trouble(Exit.FAILED, f"{one}: a unit cannot name such a path; install elsewhere")
-    return layout.whole(target, scene.config, dropins, sources(source, scene.user), place, named)
+    found = sources(data(), scene.user)
+    return layout.whole(target, scene.config, dropins, found, place, named, sys.executable)
+
+
+def _dropins(scene: Scene, place: Path) -> dict[str, str]:
+    """For a package that is being made nothing of this host counts.  Raises Trouble."""
+    own = [] if scene.prefix else own_places(place)
+    try:
+        found = None if scene.prefix else codex.find(scene.config.codex.bin, SERVICE_PATH)
+    except codex.Missing:
+        found = None
+    try:
+        return dropin.texts(scene.config, own, found)
+    except dropin.Unfit as why:
+        raise Trouble(Exit.CONFIGURATION, str(why)) from why
 
 
 def laid(target: Target) -> Iterator[Path]:
@@ -243,7 +242,7 @@ def _remove(paths: list[Path]) -> None:
             continue
         path.unlink()
         print(f"removed   {path}")
-        if path.parent.name.endswith(".service.d") and not any(path.parent.iterdir()):
+        if path.parent.suffix == ".d" and not any(path.parent.iterdir()):
             path.parent.rmdir()
 
 
@@ -261,6 +260,7 @@ def _directories(one: Scene) -> None:
     """A user's own; those of the system are tmpfiles.d's."""
     if one.user:
         spool.prepare(one.config.dirs)
+        one.config.dirs.schedules.mkdir(mode=0o750, exist_ok=True)
         print(f"found     {one.config.dirs.state}: the directories are there")
 
 
@@ -321,18 +321,22 @@ def uninstall(args: argparse.Namespace) -> int:
     """The verb: state, configuration, user and group stay."""
     one = _asked(args, "takes units of the whole system away")
     manager = ["systemctl", *(["--user"] if one.user else [])]
-    live = BOOTED.is_dir() and not one.prefix
+    found = list(laid(one.target))
+    live = bool(found) and BOOTED.is_dir() and not one.prefix
     if live and not one.packaged:
         names = ["codexd.service", "codexd-http.socket", "codexd-http.service"]
         _run(*manager, "disable", "--now", *names, need=False)
-        _run(*manager, "stop", "codexd-worker@*.service", need=False)
-    _remove(list(laid(one.target)))
+        # After the master, which would take their end for a cancel.
+        _run(*manager, "stop", "codexd-schedule@*.timer", "codexd-worker@*.service", need=False)
+    _remove(found)
     if one.prefix:
         return Exit.DONE
-    if not one.user:
+    if found and not one.user:
         _run("journalctl", "--update-catalog", need=False)
     if live:
         _run(*manager, "daemon-reload", need=False)
+    if not found:
+        print("found     nothing that codexd install wrote")
     dirs = one.config.dirs
     places = sorted({str(p) for p in (dirs.state, dirs.inbox.parent, dirs.config_file.parent)})
     print(f"\nTasks, answers and configuration stay in {', '.join(places)}.")

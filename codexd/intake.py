@@ -59,8 +59,13 @@ class Intake:
         ledger: Ledger,
         settled: spool.Settled,
         refused: Callable[..., None],
+        limits: bool,
     ) -> None:
-        """`refused` is told what the host would not do."""
+        """`refused` is told what the host would not do.
+
+        `limits`: whether workers can have limits of their own.
+        """
+        self.limits = limits
         self.refused = refused
         self.config = config
         self.dirs = config.dirs
@@ -191,6 +196,11 @@ class Intake:
             raise Refusal(
                 f"sandbox {request.sandbox} is wider than the configured {most}; "
                 "a task can only lower it (codex.sandbox)"
+            )
+        if request.limits and not self.limits:
+            raise Refusal(
+                "limits: only where workers are systemd units can a task have limits of its own; "
+                "leave them out, or start codexd as a service"
             )
         path = os.path.normpath(self.workdir(request))
         roots = [os.path.normpath(root) for root in self.config.workdirs]

@@ -124,14 +124,20 @@ def whole(
     sources: Mapping[str, str],
     programs: Path,
     scripts: Path,
+    python: str,
 ) -> dict[Path, File]:
-    """Everything.  `programs` and `scripts` are directories as they will be named in units."""
+    """Everything.
+
+    `programs` and `scripts` are directories as they will be named in units,
+    `python` is the interpreter that has codexd.
+    """
     found = derived(target, dropins)
     for name, source in sources.items():
         text = source.replace("/usr/bin/codexd", f"{programs}/codexd")
         text = text.replace("/usr/lib/codexd/", f"{scripts}/")
+        text = text.replace("#!/usr/bin/python3 ", f"#!{python} ")
         if not config.dirs.systemwide:
-            text = text.replace("%h/.local/state/codexd", _unit_path(config.dirs.state))
+            text = _of_user(text, config.dirs.state)
         if name.endswith(_UNITS):
             found[target.units / name] = File(sealed(text))
         elif "." not in name:
@@ -153,8 +159,12 @@ def _elsewhere(target: Target, name: str) -> Path | None:
     }.get(name)
 
 
-def _unit_path(path: Path) -> str:
-    return str(path).replace("%", "%%")
+def _of_user(text: str, state: Path) -> str:
+    """A user's unit with the user's XDG_STATE_HOME, which systemd need not know."""
+    named = str(state).replace("%", "%%")
+    text = text.replace("%h/.local/state/codexd", named)
+    home = named.removesuffix("/codexd")
+    return text.replace("[Service]\n", f"[Service]\nEnvironment=XDG_STATE_HOME={home}\n", 1)
 
 
 def _aged(source: str, config: Config) -> str:

@@ -16,7 +16,6 @@ be trusted ends the process, and the next start replays it.
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
@@ -30,11 +29,14 @@ from codexd.finish import Finish
 from codexd.gate import DISK, Keeper
 from codexd.intake import Intake
 from codexd.ledger import Ledger, LedgerBroken, LedgerFull
-from codexd.model import Event, Kind, Note, State, is_id
+from codexd.model import Event, Kind, Note, State
+from codexd.probe import Probe
 from codexd.program import Exit, load, options
-from codexd.service import Level, Service
+from codexd.reload import Reload
+from codexd.service import Level, Service, sentence
 from codexd.spend import Spend
 from codexd.sweep import Daily
+from codexd.tidy import tidy
 
 SCAN = 3.0  # seconds between looks into the inbox without a hint
 STOP = 12.0  # seconds for workers to end with the daemon
@@ -50,7 +52,6 @@ class Master:
     ) -> None:
         """`read` gives the configuration as it is now; `embedded`: for `codexd serve`."""
         self.config = config
-        self.read = read
         self.dirs = config.dirs
         self.service = service
         self.ledger = Ledger(self.dirs.ledger, self.dirs.checkpoint)
@@ -59,7 +60,9 @@ class Master:
         self.launcher = launcher.choose(config, service, embedded)
         self.spend = Spend(self.dirs.usage, self.warn)
         self.keeper = Keeper(config, self.ledger, self.spend, self.note, self.warn)
-        self.intake = Intake(config, self.ledger, self.settled, self.refused)
+        self.intake = Intake(
+            config, self.ledger, self.settled, self.refused, limits=self.launcher.survives
+        )
         self.finish = Finish(config, self.spend, self.warn)
         self.controls = Controls(
             config, self.ledger, self.launcher, self.keeper, self.finish, self.refused
@@ -68,8 +71,10 @@ class Master:
             config, self.ledger, self.launcher, self.keeper, self.finish,
             self.record, self.refused, self.error,
         )  # fmt: skip
-        self.daily = Daily(config, self.ledger, self.keeper, self.note)
-        self.misread: str | None = None  # why codexd.yaml was not taken when it was read again
+        self.daily = Daily(config, self.ledger, self.keeper, self.note, self.warn)
+        self.probe = Probe(config, self.launcher, self.keeper)
+        rooms = (self, self.keeper, self.intake, self.finish, self.attempts, self.attempts.orders)
+        self.reload = Reload(service, read, config, (*rooms, self.daily, self.probe))
         self.trouble: str | None = None  # what the host refused in the last round
         self._told: set[str] = set()  # and what was logged of it
         self.stop_at: float | None = None
@@ -116,35 +121,15 @@ class Master:
                 self.record(self.finish.retold(task))
         except LedgerFull as full:
             self.refused(full)  # the first round closes the gate
-        for id in sorted(p.name for p in self.dirs.tasks.iterdir()):
-            try:
-                if id not in book.tasks:
-                    self._tidy(id)
-            except OSError as error:
-                about = {"task": id, "path": self.dirs.tasks / id}
-                self.warn("not.tidied", **about, why=sentence(error))
-
-    def _tidy(self, id: str) -> None:
-        """A directory of no live task: ended, being taken, or never taken."""
-        if os.path.lexists(self.dirs.inbox / (spool.TAKE + id)):
-            return
-        if not is_id(id):
-            self.warn("not.ours", path=self.dirs.tasks / id, why="no task; left as it is")
-        elif (self.dirs.tasks / id / "status.json").exists():
-            place.archive(self.dirs, id)
-        elif (self.dirs.tasks / id / "task.json").exists():
-            why = "the ledger's line of it is lost; left as it is: drop it again if it is wanted"
-            self.warn("task.unknown", task=id, why=why)
-        else:
-            spool.discard(self.dirs, id)
+        tidy(self.dirs, book, self.warn)
 
     def step(self) -> float:
         """One round; the seconds until the next."""
         now = time.monotonic()
         if self.service.stopping:
             return self._stop(now)
-        if self.service.reloading:
-            self.reload()
+        if self.service.reloading and self.reload():
+            self.keeper.look_again()
         self.trouble = None
         self.round(now)
         self.beat()
@@ -153,25 +138,6 @@ class Master:
         if self.beside:
             self.beside()
         return self._pause(now)
-
-    def reload(self) -> None:
-        """Read codexd.yaml again; one that is wrong changes nothing, and is told until mended."""
-        self.service.reloading = False
-        self.service.notify("RELOADING=1")
-        try:
-            fresh = self.read()
-        except ConfigError as error:
-            self.misread = str(error)
-            self.error("config.refused", why=error, then="what was in force stays in force")
-        else:
-            self.misread = None
-            fixed = [k for k in ("launcher", "http") if getattr(fresh, k) != getattr(self.config, k)]
-            self.note("config.loaded", file=self.dirs.config_file, after_restart=fixed or None)
-            rooms = (self, self.keeper, self.intake, self.finish, self.attempts, self.attempts.orders, self.daily)
-            for room in rooms:
-                room.config = fresh
-            self.keeper.look_again()
-        self.service.ready()
 
     def refused(self, error: OSError, **about: object) -> None:
         """The host does not let us go on; it is tried again, and told once."""
@@ -189,6 +155,7 @@ class Master:
             self.attempts.collect,
             self.attempts.awake,
             self.attempts.dispatch,
+            self.probe.tend,
             self.tend,
         ):
             try:
@@ -236,7 +203,8 @@ class Master:
             "at": clock.now(),
             "launcher": self.launcher.kind,
             "launcher_why": self.launcher.why,
-            "config_problem": self.misread,
+            "sandbox": self.probe.problem,
+            "config_problem": self.reload.problem,
             "watch": self.watch.kind,
             "watch_problem": self.watch.problem,
             "codex": self.keeper.version or None,
@@ -266,7 +234,9 @@ class Master:
             return 0.0
         scan = 0.1 if self.settled.pending(now) else SCAN
         scan = min(scan, self.daily.pause(now))
-        return min([scan, self.launcher.pause(now), *(at - now for at in self.attempts.wake_at.values())])
+        return min(
+            [scan, self.launcher.pause(now), *(at - now for at in self.attempts.wake_at.values())]
+        )
 
     def _stop(self, now: float) -> float:
         """Interrupt the turns that would not survive us, collect them, leave; called until done."""
@@ -288,22 +258,6 @@ class Master:
         except OSError as error:
             self.refused(error)  # the next start does what was left
         raise StopIteration
-
-
-_MEND = {
-    errno.EISDIR: "; move it away",
-    errno.ENOTDIR: "; move it away",
-    errno.EEXIST: "; move it away",
-    errno.ENOSPC: "; make room",
-    errno.EROFS: "; mount it writable",
-    errno.EACCES: "; give it to the user that codexd runs as",
-}
-
-
-def sentence(error: OSError) -> str:
-    """Where, what, and what to do."""
-    what = (error.strerror or str(error)) + _MEND.get(error.errno or 0, "")
-    return f"{error.filename}: {what}" if error.filename else what
 
 
 def _one_line(told: dict[str, object]) -> str:

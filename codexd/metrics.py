@@ -20,6 +20,7 @@ def render(
     """`health` as View tells it, live tasks by state, HTTP replies by status."""
     gate = health.get("gate")
     closed = frozenset(gate) if isinstance(gate, dict) else frozenset()
+    today = health.get("today")
     live = [state.value for state in State if not state.ended]
     return "".join(
         (
@@ -36,6 +37,11 @@ def render(
                 "gate_closed",
                 "Whether dispatch is held, by reason.",
                 [("reason", r, r in closed) for r in sorted(REASONS | closed)],
+            ),
+            _single(
+                "tokens_today",
+                "Tokens used since local midnight, as limits.day_tokens counts them.",
+                today.get("tokens") if isinstance(today, dict) else None,
             ),
             _family(
                 "http_replies_total",

@@ -126,6 +126,7 @@ class Request:
     add_dirs: tuple[str, ...] = ()
     output_schema: str | None = None
     memory: bool = True
+    limits: Mapping[str, int] | None = None  # memory in bytes, cpu in percent of one, tasks
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -138,6 +139,8 @@ class Request:
         for name in ("images", "add_dirs"):
             found = values.get(name)
             values[name] = tuple(found) if isinstance(found, (list, tuple)) else ()
+        limits = values.get("limits")
+        values["limits"] = dict(limits) if isinstance(limits, Mapping) else None
         if values.get("sandbox") is not None:
             values["sandbox"] = Sandbox(str(values["sandbox"]))
         values["resume"] = Resume(str(values.get("resume", "auto")))

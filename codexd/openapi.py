@@ -71,6 +71,17 @@ _PROMPT: Schema = {
     "pattern": _not_blank(r"\u0000"),
     "description": "What Codex is asked to do.",
 }
+_LIMITS = {
+    **_object(
+        {
+            "memory": {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": "^[0-9]+[KMG]?$"}]},
+            "cpu": {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": "^[0-9]+%?$"}]},
+            "tasks": {"type": "integer", "minimum": 1},
+        },
+        [],
+    ),
+    "description": "Only where workers are systemd units.",
+}
 _KEYS: Mapping[str, Schema] = {
     "session": _text(200, "Tasks of one session run one after another in one thread."),
     "workdir": _PATH,
@@ -87,6 +98,7 @@ _KEYS: Mapping[str, Schema] = {
     "images": _PATHS,
     "add_dirs": _PATHS,
     "output_schema": _PATH,
+    "limits": _LIMITS,
     "memory": {"anyOf": [{"type": "boolean"}, {"enum": ["on", "off"]}]},
 }
 REQUEST = _object(

@@ -49,6 +49,8 @@ class Orders:
                 return self._cannot(task, task.message or "", Outcome(task.reason))
             text = f"resume: always, but session {task.session_name} has no thread yet"
             return self._cannot(task, text)
+        if request.limits:
+            self.limits[task.id] = dict(request.limits)
         number = task.launches + 1
         orders = self._orders(task, request, thread)
         place.begin_attempt(self.dirs, task.id, number, {"attempt": number, **orders})

@@ -117,8 +117,10 @@ def _of_daemon(config: Config) -> Iterator[str]:
     for name in _names(dirs.ledger.parent):  # those that were rotated away
         if name.startswith(dirs.ledger.name) and os.path.isfile(dirs.ledger.parent / name):
             yield str(dirs.ledger.parent / name)
-    if config.http.token_file and os.path.lexists(config.http.token_file):
-        yield str(config.http.token_file)
+    # api.env is where the units take keys from.
+    for file in (config.http.token_file, dirs.config_file.with_name("api.env")):
+        if file and os.path.lexists(file):
+            yield str(file)
 
 
 def _is_secret(path: str, name: str) -> bool:

@@ -28,14 +28,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from codexd import codex, durable, place, session, spend
+from codexd import codex, durable, place, session, spend, transcript
 from codexd.config import Config
-from codexd.events import THREAD_PATTERN
 from codexd.model import ID_PATTERN, Task, is_id
 
+ASIDE = "+old.jsonl"  # ends the name of a transcript laid aside; in no session's own
 GONE = ".gone-"  # begins the name of a task that is being removed
-_BREATH = 200  # entries looked at between two pauses
-_CHUNK = 1 << 20
+_BREATH = 50  # entries looked at between two pauses
 _ANSWER = re.compile(rf"(?:[A-Za-z0-9._-]{{1,100}}\.)?({ID_PATTERN})\.md", re.ASCII)
 _SESSION = re.compile(r"([A-Za-z0-9%._~+-]{1,200})\.(json|damaged)", re.ASCII)
 _TRANSCRIPT = re.compile(r"([A-Za-z0-9%._~+-]{1,200})\.jsonl", re.ASCII)
@@ -43,8 +42,6 @@ _KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.(?:json|damaged)", re.ASCII)
 _MONTH = re.compile(r"[0-9]{4}-[0-9]{2}", re.ASCII)
 _stem = lru_cache(20_000)(session.stem)  # of live tasks, again and again
-# A quote within a text is escaped in JSON, so no text can pretend to be one.
-_SAID_IN = re.compile(rf'"thread": "({THREAD_PATTERN})"'.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +82,9 @@ class Retention:
         self.live = live
         self.now = now
         self.problems: list[OSError] = []
+        self.long: list[str] = []  # sessions in use whose transcripts begin too long ago
         self._named: set[str] = set()  # threads of sessions that stay
+        self._complete = False  # whether these are all
         self._going: set[str] = set()  # tasks and threads that were found
 
     # --- what may go ------------------------------------------------------------
@@ -111,37 +110,64 @@ class Retention:
 
     def _sessions(self) -> Iterator[Old | None]:
         """First all of them are looked at: one that stays may name a thread of another."""
-        old = []
+        old = []  # their stems and paths
         for entry in _entries(self.dirs.sessions):
-            if entry and (name := _SESSION.fullmatch(entry.name)):
+            if entry and entry.is_file(follow_symlinks=False):
+                if not (name := _SESSION.fullmatch(entry.name)):
+                    continue
                 if self._old(entry, self.kept.archive) and not self._has_live(name[1]):
-                    old.append((name[1], entry))
+                    old.append((name[1], Path(entry.path)))
                 else:
                     self._named |= _threads_of(Path(entry.path))
+                    self._measure(name[1])
             elif entry is None:
                 yield None
-        for stem, entry in old:
-            path, said = Path(entry.path), self.dirs.transcripts / f"{stem}.jsonl"
-            threads = set(_threads_of(path))
-            for more in _threads_said(said):
+        self._complete = True
+        for stem, path in old:
+            said = self.dirs.transcripts / f"{stem}.jsonl"
+            threads = _threads_of(path)
+            for more in transcript.threads(said):
                 threads |= more
                 yield None
-            if not self._has_live(stem) and _is_file(path):
+            # Looked at again: it may have been used since.
+            if self._is_old(path) and not self._has_live(stem):
                 beside = (said,) if path.suffix == ".json" and _is_file(said) else ()
                 yield _file("sessions", path, *beside, threads=threads)
+
+    def _measure(self, stem: str) -> None:
+        said = self.dirs.transcripts / f"{stem}.jsonl"
+        began = transcript.began(said)
+        aside = os.path.lexists(said.with_name(stem + ASIDE))
+        if began is not None and began < self.now - self.kept.archive and not aside:
+            self.long.append(stem)
 
     def _has_live(self, stem: str) -> bool:
         return any(_stem(task.session_name) == stem for task in self.live().values())
 
     def _transcripts(self) -> Iterator[Old | None]:
-        """Those whose session is gone: a crash came in between, or somebody removed it."""
+        """Those laid aside, and those whose session is gone: a crash came in between."""
         for entry in _entries(self.dirs.transcripts):
             if entry and (name := _TRANSCRIPT.fullmatch(entry.name)):
-                alone = not os.path.lexists(self.dirs.sessions / f"{name[1]}.json")
-                if alone and self._old(entry, self.kept.archive) and not self._has_live(name[1]):
-                    yield _file("sessions", Path(entry.path))
+                path, threads = Path(entry.path), set[str]()
+                if self._is_alone(path, name[1]):
+                    for more in transcript.threads(path):
+                        threads |= more
+                        yield None
+                    if self._is_alone(path, name[1]):  # still
+                        yield _file("sessions", path, threads=threads)
             elif entry is None:
                 yield None
+
+    def _is_alone(self, said: Path, stem: str) -> bool:
+        owned = os.path.lexists(self.dirs.sessions / f"{stem}.json") or self._has_live(stem)
+        return not owned and self._is_old(said)
+
+    def _is_old(self, path: Path) -> bool:
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            return False
+        return stat.S_ISREG(found.st_mode) and found.st_mtime < self.now - self.kept.archive
 
     def _archive(self) -> Iterator[Old | None]:
         for month in _entries(self.dirs.archive):
@@ -214,6 +240,8 @@ class Retention:
 
     def threads(self, old: Old) -> Iterator[tuple[str, Old]]:
         """Of something that is gone, the threads that may go as well; their rollouts."""
+        if not self._complete:
+            return  # a session that could not be looked at may need one of them
         for thread in sorted(old.threads - self._named - self._going):
             if any((task.thread or "").lower() == thread for task in self.live().values()):
                 continue
@@ -265,10 +293,10 @@ def _tree(path: str) -> int:
 
 
 def _threads_of(path: Path) -> set[str]:
-    """Those that a session's file names; a damaged one names none."""
+    """Those that a session's file names; a damaged one names none.  Raises OSError."""
     try:
         data = durable.read_json(path, 1 << 20)
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return set()
     return _valid(data.get("thread"), data.get("forgotten"))
 
@@ -284,19 +312,6 @@ def _threads_ran(task: Path) -> set[str]:
                 continue  # killed with its worker; the session's transcript names it
             found |= _valid(data.get("thread"))
     return found
-
-
-def _threads_said(transcript: Path) -> Iterator[set[str]]:
-    """Those that a transcript names, a piece at a time."""
-    try:
-        fd = os.open(transcript, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return  # there is none, or it is none of ours
-    with open(fd, "rb") as file:
-        rest = b""
-        while piece := file.read(_CHUNK):
-            yield _valid(*(found.decode() for found in _SAID_IN.findall(rest + piece)))
-            rest = piece[-100:]  # one may lie across the cut
 
 
 def _valid(*threads: object) -> set[str]:

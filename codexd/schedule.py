@@ -3,10 +3,14 @@
 Run by codexd-schedule@NAME.service, which codexd-schedule@NAME.timer starts.  When
 that is, the timer says; what is to be done, the file, which is read anew each time.
 
-Promises: the task's key is NAME and the time at which the timer elapsed (without a
-timer: this minute), so to run again for the same time does nothing.  While an earlier
+Promises: the task's key is NAME and the time at which the timer elapsed (started by
+hand: this minute), so to run again for the same time does nothing.  While an earlier
 delivery still lies in the inbox, as it does when codexd is stopped, there is no
 further one: after any outage a schedule has one task to catch up on.
+
+When the timer elapsed, its stamp file says (Persistent=yes).  What systemd puts into
+$TRIGGER_TIMER_REALTIME_USEC cannot be used: that of version 252 stays the time of the
+first start for as long as the service is loaded.
 
 May fail: a file that is missing or not valid, an inbox that cannot be written.  Why
 is logged, the exit status is not 0, and the next time is tried as if nothing was.
@@ -18,28 +22,36 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from codexd import durable, spool, taskfile
-from codexd.config import ConfigError
+from codexd.config import ConfigError, Directories
 from codexd.model import Request
 from codexd.program import Exit, directories, options
 from codexd.service import Level, Service
 
-ELAPSED = "TRIGGER_TIMER_REALTIME_USEC"  # systemd's, from version 252 on
+# Seconds since the timer elapsed; what is started later, somebody starts by hand.
+FRESH = 300
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", re.ASCII)
 _STAMP = "%Y%m%dT%H%M%SZ"
 _STAMPED = r"[0-9]{8}T[0-9]{6}Z"
 _MOST = 64 << 20  # bytes read of a task file; the master knows its own limit
 
 
-def key(name: str, env: Mapping[str, str], now: float) -> str:
-    """What stands for this one time; `now` is in seconds since 1970."""
-    told = env.get(ELAPSED, "")
-    due = int(told) / 1e6 if told.isdecimal() else now // 60 * 60
-    return f"{name}-{time.strftime(_STAMP, time.gmtime(due))}"
+def elapsed(stamp: str | None) -> float | None:
+    """When the timer with this stamp file elapsed last; None: there is none."""
+    try:
+        return os.stat(stamp).st_mtime if stamp else None
+    except FileNotFoundError:
+        return None
+
+
+def key(name: str, elapsed: float | None, now: float) -> str:
+    """What stands for this one time; all in seconds since 1970."""
+    if elapsed is None or abs(now - elapsed) > FRESH:
+        elapsed = now // 60 * 60
+    return f"{name}-{time.strftime(_STAMP, time.gmtime(elapsed))}"
 
 
 def request(file: Path, key: str) -> Request:
@@ -62,11 +74,11 @@ def waiting(inbox: Path, name: str) -> str | None:
     return next((found for found in names if delivered.fullmatch(found)), None)
 
 
-def deliver(name: str, file: Path, inbox: Path, service: Service) -> Exit:
+def deliver(name: str, stamp: str | None, dirs: Directories, service: Service) -> Exit:
     """One delivery, and the word about it."""
-    this = key(name, os.environ, time.time())
+    inbox, this = dirs.inbox, key(name, elapsed(stamp), time.time())
     try:
-        asked = request(file, this)
+        asked = request(dirs.schedules / f"{name}.md", this)
         if earlier := waiting(inbox, name):
             why = f"{earlier} still lies in the inbox; is codexd running?"
             service.log(Level.WARNING, "schedule.skipped", schedule=name, key=this, why=why)
@@ -75,8 +87,7 @@ def deliver(name: str, file: Path, inbox: Path, service: Service) -> Exit:
     except (OSError, ValueError) as problem:
         service.log(Level.ERROR, "schedule.refused", schedule=name, key=this, why=_why(problem))
         return Exit.PERMISSION if isinstance(problem, PermissionError) else Exit.FAILED
-    told = {"schedule": name, "key": this, "session": asked.session}
-    service.log(Level.INFO, "schedule.delivered", **told)
+    service.log(Level.INFO, "schedule.delivered", schedule=name, key=this, session=asked.session)
     return Exit.DONE
 
 
@@ -88,6 +99,7 @@ def _why(problem: OSError | ValueError) -> str:
 
 def main() -> None:
     parser = options("codexd-schedule", "deliver schedules/NAME.md into the inbox")
+    parser.add_argument("--stamp", metavar="FILE", help="the timer's stamp file")
     parser.add_argument("name", metavar="NAME")
     args = parser.parse_args()
     if not NAME.fullmatch(args.name):
@@ -97,8 +109,7 @@ def main() -> None:
         dirs = directories(args)
     except ConfigError as error:
         parser.error(str(error))
-    file = dirs.schedules / f"{args.name}.md"
-    sys.exit(deliver(args.name, file, dirs.inbox, Service("codexd-schedule")))
+    sys.exit(deliver(args.name, args.stamp, dirs, Service("codexd-schedule")))
 
 
 if __name__ == "__main__":

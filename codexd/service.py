@@ -11,6 +11,7 @@ every error, so it is only asked where the manager really listens.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -53,6 +54,22 @@ def plain(value: object) -> str:
     if safe and " " not in safe and '"' not in safe:
         return safe
     return '"' + safe.replace('"', r"\"") + '"'
+
+
+_MEND = {
+    errno.EISDIR: "; move it away",
+    errno.ENOTDIR: "; move it away",
+    errno.EEXIST: "; move it away",
+    errno.ENOSPC: "; make room",
+    errno.EROFS: "; mount it writable",
+    errno.EACCES: "; give it to the user that codexd runs as",
+}
+
+
+def sentence(error: OSError) -> str:
+    """Where, what, and what to do."""
+    what = (error.strerror or str(error)) + _MEND.get(error.errno or 0, "")
+    return f"{error.filename}: {what}" if error.filename else what
 
 
 def _print(line: str) -> None:

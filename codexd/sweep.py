@@ -28,7 +28,7 @@ from codexd.config import Config
 from codexd.gate import Keeper
 from codexd.ledger import Follower, Ledger
 from codexd.model import Task
-from codexd.retention import GONE, Old, Retention
+from codexd.retention import ASIDE, GONE, Old, Retention
 
 DEADLINE = 20.0  # seconds for Codex to remove one thread; it takes 0.2
 EVERY = 86400.0  # seconds between two sweeps of the daemon
@@ -50,6 +50,7 @@ class Sweep:
         now: float,
     ) -> None:
         """`binary` is Codex, "" where there is none, and `env` its environment."""
+        self.dirs = config.dirs
         self.retention = Retention(config, live, now)
         self.binary = binary
         self.env = dict(env)
@@ -72,6 +73,18 @@ class Sweep:
                 yield from self._delete(thread)
                 if self._remove(rollout):
                     yield rollout
+        for stem in self.retention.long:
+            self._lay_aside(self.dirs.transcripts / f"{stem}.jsonl")
+
+    def _lay_aside(self, transcript: Path) -> None:
+        """Let a session in use begin a new transcript; the old one has its time from now.
+
+        The length that the session remembers is the most that is kept of a file.
+        """
+        try:
+            os.rename(transcript, transcript.with_name(transcript.stem + ASIDE))
+        except OSError as error:
+            self.problems.append(error)
 
     def _remove(self, old: Old) -> bool:
         try:
@@ -146,9 +159,7 @@ def at_once(config: Config) -> tuple[list[Old], list[OSError]]:
     state = config.dirs.state
     if state.stat().st_uid != os.geteuid():
         # Codex's databases would get files that the daemon's Codex cannot write.
-        raise PermissionError(
-            errno.EPERM, "only the user whom it belongs to may do this", str(state)
-        )
+        raise PermissionError(errno.EPERM, "do this as the user whom it belongs to", str(state))
     held = lock.hold(config.dirs.lock, 0.0)
     try:
         binary = _binary(config)
@@ -187,13 +198,14 @@ class Daily:
 
     def __init__(
         self, config: Config, ledger: Ledger, keeper: Keeper, told: Callable[..., None],
-        steady: float = STEADY,
+        warn: Callable[..., None], steady: float = STEADY,
     ) -> None:  # fmt: skip
-        """`told` is the master's log."""
+        """`told` and `warn` are the master's log: what is well, and what somebody must mend."""
         self.config = config
         self.ledger = ledger
         self.keeper = keeper
         self.told = told
+        self.warn = warn
         self.steady = steady
         self._next = time.monotonic() + steady
         self._offset = _offset()
@@ -237,7 +249,7 @@ class Daily:
         if sweep.problems:
             first = sweep.problems[0]
             why = f"{first.filename}: {first.strerror}"
-            self.told("retention.refused", count=len(sweep.problems), why=why)
+            self.warn("retention.refused", count=len(sweep.problems), why=why)
 
 
 def _offset() -> float:

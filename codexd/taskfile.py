@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from urllib.parse import unquote
 
-from codexd.config import ATTEMPTS, NAME, PATH, SANDBOX, TIMEOUT
+from codexd.config import ATTEMPTS, NAME, PATH, SANDBOX, TIMEOUT, percent, size
 from codexd.document import (
     BOOLEAN,
     UNPRINTABLE,
@@ -60,9 +60,10 @@ KEYS = (
     "add_dirs",
     "output_schema",
     "memory",
+    "limits",
     "prompt",
 )
-LATER = ("after", "not_before", "verify", "limits")  # keys of a later version
+LATER = ("after", "not_before", "verify")  # keys of a later version
 ALL = "all"  # the target of `all.hold` and `all.release`
 
 _MARKDOWN = ("md", "markdown")
@@ -128,6 +129,11 @@ _LABEL = _one_line(200)
 _PROMPT = string(lambda found: found.strip() and "\0" not in found, "a text that is not blank")
 _RESUME = choice(Resume)
 _PRIORITY = integer(0, 9)
+_LIMITS = {
+    "memory": size(1 << 20, 1 << 50, "1M to 1048576G"),
+    "cpu": percent(1, 100_000, "1% to 100000%"),
+    "tasks": integer(1, 1_000_000),
+}
 
 
 def ignored(name: str) -> bool:
@@ -266,7 +272,15 @@ def _request(document: Document, body: str | None) -> Request:
         add_dirs=found.values("add_dirs", (), PATH, 20),
         output_schema=found.value("output_schema", None, PATH),
         memory=found.value("memory", True, BOOLEAN),
+        limits=_limits(document),
     )
+
+
+def _limits(document: Document) -> dict[str, int] | None:
+    """What is set of the mapping `limits`; None if nothing is."""
+    found = Fields(document, list(_LIMITS), "limits")
+    given = {name: found.value(name, None, rule) for name, rule in _LIMITS.items()}
+    return {name: value for name, value in given.items() if value is not None} or None
 
 
 def _fields(document: Document, with_body: bool) -> Fields:

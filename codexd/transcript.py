@@ -14,11 +14,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
-from codexd import durable
+from codexd import clock, durable
+from codexd.events import THREAD_PATTERN
 
+_FIRST = re.compile(rb'\{"ts": "([0-9T:.Z-]+)"')
+# A quote within a text is escaped in JSON, so no text can pretend to be one.
+_THREAD = re.compile(rf'"thread": "({THREAD_PATTERN})"'.encode())
 _TAIL = 256 << 10  # bytes read back for a summary
 
 
@@ -67,6 +73,34 @@ def last(path: Path, count: int) -> list[dict[str, object]]:
     except FileNotFoundError:
         return []
     return list(_readable(lines))[-count:]
+
+
+def began(path: Path) -> float | None:
+    """When the first line was said (epoch seconds); None where that is not known."""
+    try:
+        with _opened(path) as file:
+            found = _FIRST.match(file.read(100))
+            return clock.epoch(found[1].decode()) if found else None
+    except (OSError, ValueError):
+        return None
+
+
+def threads(path: Path) -> Iterator[set[str]]:
+    """The Codex threads that it names, a megabyte of it at a time; none for a link."""
+    try:
+        file = _opened(path)
+    except OSError:
+        return  # there is none, or it is none of ours
+    with file:
+        rest = b""
+        while piece := file.read(1 << 20):
+            piece = rest + piece
+            yield {found.decode().lower() for found in _THREAD.findall(piece)}
+            rest = piece[-100:]  # a name may lie across the cut
+
+
+def _opened(path: Path) -> BinaryIO:
+    return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
 def _readable(lines: Sequence[bytes]) -> Iterator[dict[str, object]]:

@@ -253,7 +253,8 @@ def unit(id: str) -> str:
 def _there(said: bytes) -> set[str]:
     """The ids of units that are not gone, in what list-units says."""
     listed = json.loads(said or b"[]")
-    found = {one["unit"]: one["active"] for one in listed}
+    # One that waits for another unit is inactive, with a job.
+    found = {one["unit"]: one.get("job") or one["active"] for one in listed}
     named = {match[1]: state for name, state in found.items() if (match := _UNIT.fullmatch(name))}
     return {id for id, state in named.items() if state not in _GONE}
 

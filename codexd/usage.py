@@ -35,6 +35,12 @@ def parser() -> argparse.ArgumentParser:
     used.add_argument("--by", choices=("day", "session", "model"), default="day", metavar="WHAT")
     swept = _verb(verbs, "gc", "gc", "remove what is older than the configuration keeps", "json")
     swept.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
+    _verb(verbs, "doctor", "doctor", "is this host ready? what mends it if not", "json")
+    for name, what in (
+        ("install", "lay down units for this installation"),
+        ("uninstall", "take them away; tasks and answers stay"),
+    ):
+        _install(_verb(verbs, name, name, what))
     _verb(verbs, "selftest", "selftest", "two real turns with a scripted model: no account needed")
     check_ = _verb(verbs, "check", "check", "is this task file, or codexd.yaml, valid?", "json")
     check_.add_argument("files", nargs="+", metavar="FILE")
@@ -106,6 +112,11 @@ def _session(verbs: Verbs[argparse.ArgumentParser]) -> None:
     one.add_argument("name", metavar="NAME")
     one = _verb(verbs, "reset", "session_reset", "forget the thread: the next task begins one")
     one.add_argument("name", metavar="NAME")
+
+
+def _install(found: argparse.ArgumentParser) -> None:
+    found.add_argument("--user", action="store_true", help="for the user who calls it alone")
+    found.add_argument("--prefix", metavar="DIR", help="below DIR, and run nothing: for packages")
 
 
 def _memory(found: argparse.ArgumentParser) -> None:

@@ -36,6 +36,7 @@ class View:
     def __init__(self, dirs: Directories) -> None:
         self.dirs = dirs
         self._follower = Follower(dirs.ledger, dirs.checkpoint)
+        self.damaged: list[str] = []  # days of use that could not be read
 
     def refresh(self) -> None:
         self._follower.refresh()
@@ -222,12 +223,15 @@ class View:
         return sorted(rows, key=lambda row: row[by if by == "day" else "tokens"])  # type: ignore[arg-type,return-value]
 
     def used(self, most: int) -> Iterator[spend.Day]:
-        """The last days on which something was used, newest first; damaged ones left out."""
+        """The last days on which something was used, newest first.
+
+        Damaged ones are left out, and told in `damaged`.
+        """
         for day in spend.days(self.dirs.usage, most):
             try:
                 yield spend.load(self.dirs.usage, day)
-            except ValueError:
-                continue  # the master sets it aside, and says so, when it needs it
+            except ValueError as damage:
+                self.damaged.append(str(damage))
 
     def _served(self) -> bool:
         """Whether a master holds the lock: of one that was killed the heartbeat stays."""

@@ -44,6 +44,10 @@ class Unfit(Exception):
     """The task cannot work here; the text says what to mend."""
 
 
+class Unsafe(Exception):
+    """No task can work here: Codex's sandbox does not."""
+
+
 class Attempt:
     """Everything about this one run."""
 
@@ -55,8 +59,10 @@ class Attempt:
             raise FileNotFoundError(f"{self.home}: no attempt was ordered")
         self.number = max(numbers)
         self.place = os.path.join(self.home, str(self.number))
-        self.task: Any = durable.read_json(os.path.join(self.home, "task.json"))
         self.orders: Any = durable.read_json(os.path.join(self.place, "attempt.json"))
+        self.task: Any = {"request": {}}
+        if not self.orders.get("probe"):
+            self.task = durable.read_json(os.path.join(self.home, "task.json"))
         self.request: Any = self.task["request"]
         self.began = time.time()
         self.memory_note: str | None = None
@@ -105,15 +111,22 @@ class Attempt:
         return found
 
     def sandbox(self) -> str:
-        """As ordered; a plain one where Codex cannot keep secrets from commands."""
+        """As ordered; a plain one where Codex cannot keep secrets from commands.
+
+        Raises Unsafe where it cannot keep them from anything.
+        """
         ordered = str(self.orders["sandbox"])
         plain = ordered.removeprefix(command.PERMISSIONS)
-        if plain == ordered:
-            return ordered
+        if plain == "danger-full-access":
+            return plain
         from codexd import canary
 
-        why = canary.hides(self.orders["bin"], self.orders["home"], self.environment())
-        return plain if why else ordered
+        codex = self.orders["bin"], self.orders["home"], self.environment()
+        if plain != ordered and canary.hides(*codex) is None:
+            return ordered
+        if why := canary.works(*codex):
+            raise Unsafe(why)
+        return plain
 
     def argv(self, workdir: str) -> list[str]:
         ask, orders = self.request, self.orders
@@ -129,6 +142,7 @@ class Attempt:
             output_schema=self.below_roots(schema, workdir, "output_schema") if schema else None,
             last_message_file=self.path("last.md"),
             thread=orders["thread"],
+            unguided=command.is_unguided(workdir, orders["home"]),
         )
         if orders.get("setpriv"):
             # If we are killed, Codex must not go on unseen.
@@ -296,10 +310,15 @@ def _spawn(argv: list[str], env: dict[str, str], stdin: int) -> tuple[int, int, 
 def perform(attempt: Attempt) -> int:
     """Run Codex once and write the result; our exit status."""
     try:
+        if attempt.orders.get("probe"):  # the master wants to know whether we could
+            attempt.sandbox()
+            attempt.finish("done", "")
+            _manager()
+            return 0
         process = attempt.begin()
     except Exception as problem:
         outcome, message = _why_not(problem)
-        attempt.finish(outcome, message)
+        attempt.finish(outcome, message, gate=isinstance(problem, Unsafe))
         _ring()
         attempt.log(_manager(), "attempt.ended", outcome=outcome, why=message)
         return 0
@@ -311,8 +330,8 @@ def perform(attempt: Attempt) -> int:
     turn = Turn(attempt.place, attempt.orders, *process, manager)
     turn.run(wakeup)
     outcome = attempt.conclude(turn)
-    _ring()
     attempt.log(manager, "attempt.ended", outcome=outcome, status=turn.status)
+    _ring()
     turn.sweep()
     return STOPPED if outcome == "interrupted" else 0
 
@@ -342,6 +361,8 @@ def _why_not(problem: Exception) -> tuple[str, str]:
         return Outcome.THREAD_BUSY, f"{problem} is written by another process"
     if isinstance(problem, OSError):
         return Outcome.HOST, f"cannot start Codex: {problem}"
+    if isinstance(problem, Unsafe):
+        return Outcome.HOST, str(problem)
     kind = type(problem).__name__
     return Outcome.CONFIG, f"the task's record or its orders are damaged: {kind}: {problem}"
 

@@ -30,6 +30,10 @@ KEY = "sk-the-canary-of-the-key"
 PLACE = "/var/model"
 
 _MODEL = f"""\
+[Unit]
+Before=codexd.service
+[Install]
+WantedBy=multi-user.target
 [Service]
 Type=notify
 ExecStart={PYTHON} -m tests.box_model {STATE}/codex {PLACE}
@@ -53,20 +57,35 @@ def installed_files() -> dict[str, str]:
     }
 
 
+def scripts() -> dict[str, str]:
+    """The programs of /usr/lib/codexd, for the Python of the box."""
+    names = ("codexd-exit", "codexd-limits", "codexd-schedule")
+    found = {f"/usr/lib/codexd/{name}": (UNITS / name).read_text() for name in names}
+    return {path: text.replace("#!/usr/bin/python3", f"#!{PYTHON}") for path, text in found.items()}
+
+
 class Installed:
     """An installation in a box."""
 
+    program = f"{BIN}/codexd"
+
     def __init__(self, box: Box, codex: str = CODEX) -> None:
         self.box = box
-        box.push(installed_files())
-        box.push(
-            {f"/usr/lib/codexd/{n}": (UNITS / n).read_text() for n in ("codexd-exit", "codexd-limits")},
-            mode=0o755,
-        )  # fmt: skip
-        box.run("systemd-sysusers")
-        box.run("systemd-tmpfiles", "--create", "codexd.conf")
+        self.lay_down()
         self.config = f"codex:\n  bin: {codex}\n"
         self.configure(self.config)
+        self.furnish()
+
+    def lay_down(self) -> None:
+        """What an installer does."""
+        self.box.push(installed_files())
+        self.box.push(scripts(), mode=0o755)
+        self.box.run("systemd-sysusers")
+        self.box.run("systemd-tmpfiles", "--create", "codexd.conf")
+
+    def furnish(self) -> None:
+        """The model, its key, and people."""
+        box = self.box
         box.push({"/etc/codexd/api.env": f"CODEXD_SCRIPTED_KEY={KEY}\n"}, mode=0o600)
         box.push({"/etc/systemd/system/model.service": _MODEL})
         box.run("useradd", "--create-home", "--groups", "codexd", ALICE)
@@ -100,7 +119,7 @@ class Installed:
         return found[-1] if found else None
 
     def _json(self, *argv: str) -> Any:
-        return json.loads(self.box.run(f"{BIN}/codexd", "--json", *argv).stdout)
+        return json.loads(self.box.run(self.program, "--json", *argv).stdout)
 
     def running(self, name: str) -> str:
         """Wait until Codex works on it; its id."""

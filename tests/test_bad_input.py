@@ -235,7 +235,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "after.md": (front("after: 1.md"), f"line 2: after: {LATER}"),
     "not_before.json": ('{"prompt": "x", "not_before": "9am"}', f"line 1: not_before: {LATER}"),
     "verify.md": (front("verify:\n  command: make test"), f"line 2: verify: {LATER}"),
-    "limits.yaml": ("prompt: x\nlimits: {memory: 1G}\n", f"line 2: limits: {LATER}"),
+    "limits.yaml": ("prompt: x\nlimits: {memory: 1G}\n", "limits: only where workers are systemd units"),
     # names of sessions
     "blank-name.md": (front('session: " "'), f"line 2: session: found ' '; {LINE}"),
     "break.md": (front('session: "a\\nb"'), f"line 2: session: found 'a\\nb'; {LINE}"),

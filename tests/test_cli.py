@@ -530,7 +530,7 @@ def test_status(root: Root) -> None:
     assert lines[lines.index("running: 1") + 1] == f"  task {running} running  It runs"
     assert lines[lines.index("queued: 1") + 1] == f"  task {behind} queued  It waits its turn"
     assert any(line.startswith(f"  task {failed} failed (") for line in lines)
-    assert re.search(r"^today \(UTC\), .* [1-9]\d* done, [1-9]\d* failed, ", done.stdout, re.M)
+    assert re.search(r"^\d{4}-\d\d-\d\d: [1-9]\d* attempts, \d+ tokens \(", done.stdout, re.M)
     assert lines[-1] == f"state: {root.root}   inbox: {root.dirs.inbox} (0 files)"
     health = root.json("status")
     assert (health["status"], health["running"], health["gate"]) == ("ok", 1, {})

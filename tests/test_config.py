@@ -241,7 +241,8 @@ PATH = "a path: absolute, relative or ~/..., at most 4096 bytes"
         ("wokers: 4", f":1: wokers: unknown key (did you mean workers?); allowed: {TOP}"),
         (
             "\nretention: {answers: 90d, archive: 59m}",
-            f":2: retention.archive: found '59m'; allowed: never, or a duration from 1h to 36500d, {DURATION}",
+            ":2: retention.archive: found '59m'; allowed: never, or a duration from 1h to 36500d, "
+            f"{DURATION}",
         ),
         (
             "limits: {day_tokens: 0}",

@@ -405,6 +405,7 @@ def test_metrics(held: Web) -> None:
     assert "codexd_up 1" in lines
     assert 'codexd_gate_closed{reason="codex"} 1' in lines
     assert 'codexd_gate_closed{reason="quota"} 0' in lines
+    assert "codexd_tokens_today 0" in lines
     queued = next(line for line in lines if line.startswith('codexd_tasks{state="queued"}'))
     assert int(queued.split()[1]) == held.ask("GET", "/health").json["queued"]
     assert any(line.startswith('codexd_http_replies_total{code="200"} ') for line in lines)

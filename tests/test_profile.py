@@ -14,7 +14,7 @@ from typing import Any
 import codex_cli_bin
 import pytest
 
-from codexd import canary, codex, config, profile
+from codexd import canary, codex, command, config, profile
 from codexd.config import Config, Directories
 from codexd.model import Sandbox
 from codexd.scripted import KEY
@@ -246,9 +246,11 @@ def test_what_a_task_needs_is_not_denied(tmp_path: Path) -> None:
     notes = f"memory: {{paths: [{root}/transcripts/notes, MEMORY.md]}}\n"
     (root / "transcripts").mkdir(parents=True)
     (root / "answers").mkdir()
+    (root / "api.env").touch()
     found = installed(root, yaml=f"{notes}workdir: answers/x\nworkdirs: [answers/x, work]\n")
     denied = profile.hidden(found)
     assert str(root / "tasks") in denied
+    assert str(root / "api.env") in denied
     assert str(root / "codex" / "config.toml") in denied
     assert profile.exposed(found) == [str(root / "answers"), str(root / "transcripts")]
     assert not {str(root / "work"), *profile.exposed(found)} & set(denied)
@@ -351,7 +353,7 @@ def test_a_codex_without_profiles_runs_in_the_plain_sandbox(tmp_path: Path) -> N
     warnings = [line for line in one.log.read_text().splitlines() if " codex.profile " in line]
     assert len(warnings) == 1
     assert " warning codex.profile why=" in warnings[0]
-    assert "sandbox does not work with a permission profile" in warnings[0]
+    assert "does not heed permission profiles" in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -374,3 +376,53 @@ def test_where_the_profile_is_not_used(
     found = replace(found, codex=replace(found.codex, profile=named, sandbox=sandbox))
     told = profile.why_not(found)
     assert told is None if why is None else told and told.startswith(why)
+
+
+# --- AGENTS.md ------------------------------------------------------------------------
+
+
+def test_guides_are_read_where_there_are_any(tmp_path: Path, model: CaseModel) -> None:
+    one = Daemon(tmp_path / "root", model.environment())
+    model.write_config(one.dirs.codex_home)
+    (one.dirs.codex_home / "AGENTS.md").write_text("OF-ALL")
+    repository = one.dirs.work / "repository"
+    for path in (repository, one.dirs.work / "none"):
+        path.mkdir(parents=True)
+    (repository / "AGENTS.md").write_text("OF-REPOSITORY")
+    with one:
+        for name, workdir in (("a", repository), ("b", one.dirs.work / "none")):
+            one.drop(f"{name}.md", f"---\nworkdir: {workdir}\n---\n[[say {name}]]\n")
+            assert one.answer(name)[0]["state"] == "done"
+    guided, bare = (turn.body for turn in model.turns)
+    assert b"OF-ALL" in guided
+    assert b"OF-ALL" in bare
+    assert b"OF-REPOSITORY" in guided
+    assert b"OF-REPOSITORY" not in bare
+
+
+@pytest.mark.parametrize("name", ["AGENTS.md", "AGENTS.override.md"])
+def test_a_guide_anywhere_above_is_a_guide(tmp_path: Path, name: str) -> None:
+    workdir = tmp_path / "a" / "b"
+    workdir.mkdir(parents=True)
+    assert command.is_unguided(str(workdir), str(tmp_path))
+    (tmp_path / "a" / name).symlink_to("nowhere")
+    assert not command.is_unguided(str(workdir), str(tmp_path))
+
+
+def test_guides_may_have_other_names(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('project_doc_fallback_filenames = ["README.md"]\n')
+    assert not command.is_unguided("/", str(tmp_path))
+
+
+def test_a_guide_that_leads_to_a_secret_is_not_followed(place: Path, model: CaseModel) -> None:
+    one = Daemon(place / "root", model.environment())
+    model.write_config(one.dirs.codex_home)
+    (one.dirs.codex_home / "auth.json").write_text('{"OPENAI_API_KEY": "AUTH-CANARY"}')
+    one.dirs.work.mkdir()
+    (one.dirs.work / "AGENTS.md").symlink_to(one.dirs.codex_home / "auth.json")
+    with one:
+        one.drop("a.md", "---\nattempts: 1\n---\n[[say a]]\n")
+        front, _ = one.answer("a")
+    assert front["state"] == "failed"
+    assert "AGENTS.md" in front["message"]
+    assert not any(canaries(turn.body) for turn in model.turns)

@@ -13,15 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from codexd import clock, config, lock, place, session, spool, sweep
+from codexd import clock, config, lock, place, session, spool, sweep, transcript
 from codexd.config import Config, Directories
 from codexd.gate import Keeper
 from codexd.ledger import Ledger
+from codexd.master import Master
 from codexd.model import Event, Kind, State, Task
 from codexd.retention import Retention, forgotten
+from codexd.service import Service
 from codexd.spend import Spend
 from codexd.sweep import Daily, Sweep
+from tests.box import PYTHON, Box
+from tests.box.host import require
 from tests.daemon import Daemon, until
+from tests.installed import SPOOL, STATE, Installed
 from tests.scripted_cases import CaseModel
 
 pytestmark = pytest.mark.xdist_group("retention")
@@ -226,6 +231,30 @@ def test_what_cannot_be_removed_is_told_and_the_rest_goes(state: Place) -> None:
     assert done.counts == {"archive": 1}
 
 
+def test_the_transcript_of_a_session_in_use_is_laid_aside(state: Place) -> None:
+    transcripts = state.dirs.transcripts
+    for name, days in (("long", 91), ("short", 89), ("a/b", 91)):
+        state.session(name, 1)
+        line = {"ts": clock.stamp(NOW - days * DAY), "text": "x" * 200, "thread": THREAD.format(1)}
+        text = json.dumps(line) + "\n"
+        aged(transcripts / f"{session.stem(name)}.jsonl", 1).write_text(text)
+    assert state.swept().counts == {}
+    assert {p.name for p in transcripts.iterdir()} == {
+        "long+old.jsonl", "short.jsonl", "a%2Fb+old.jsonl",
+    }  # fmt: skip
+    # What is said next begins a new one, whatever length the session remembers.
+    new = transcripts / "long.jsonl"
+    transcript.append(new, 12345, [{"ts": clock.now(), "text": "y"}])
+    assert len(transcript.last(new, 9)) == 1
+    new.write_text(text)  # as old again, while the one before is still there
+    assert state.found() == {}
+    aged(transcripts / "long+old.jsonl", 91)
+    state.rollout(THREAD.format(1), 91)
+    assert set(state.found()) == {"sessions", "threads"}
+    state.swept()
+    assert sorted(p.name for p in transcripts.iterdir())[1:] == ["long.jsonl", "short.jsonl"]
+
+
 # --- Codex's threads ------------------------------------------------------------------
 
 
@@ -250,6 +279,32 @@ def test_threads_go_that_a_removed_record_names_and_nobody_needs(state: Place) -
     state.swept()
     left = {p.name[-42:-6] for p in state.dirs.codex_home.glob("sessions/*/*/*/*")}
     assert left == {of_young, used_since, someones}
+
+
+def test_where_sessions_cannot_be_read_all_threads_stay(state: Place) -> None:
+    state.task(ID.format(1), 99, THREAD.format(1))
+    rollout = state.rollout(THREAD.format(1), 99)
+    state.dirs.sessions.rmdir()
+    state.dirs.sessions.write_text("no directory")
+    done = state.swept()
+    assert done.counts == {"archive": 1}
+    assert len(done.problems) == 1
+    assert rollout.exists()
+
+
+def test_a_session_that_is_used_while_a_sweep_goes_on_stays(state: Place) -> None:
+    for number in range(60):  # more than one look
+        state.session(f"s{number}", 99, THREAD.format(1))
+    said = state.dirs.transcripts / "s7.jsonl"
+    looked = Retention(state.config, lambda: state.live, NOW)
+    found = looked.found()
+    assert next(found) is None
+    for path in (state.dirs.sessions / "s7.json", said):
+        os.utime(path)
+    live = Task(ID.format(1), session="s8")
+    state.live = {live.id: live}
+    gone = {old.paths[0].name for old in found if old}
+    assert gone == {f"s{n}.json" for n in range(60)} - {"s7.json", "s8.json"}
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +447,7 @@ class Log:
 def daily(state: Place, log: Log, steady: float) -> tuple[Daily, Ledger]:
     ledger = Ledger(state.dirs.ledger, state.dirs.checkpoint)
     keeper = Keeper(state.config, ledger, Spend(state.dirs.usage, log), log, log)
-    return Daily(state.config, ledger, keeper, log, steady), ledger
+    return Daily(state.config, ledger, keeper, log, log, steady), ledger
 
 
 def test_the_daemon_sweeps_in_slices(state: Place) -> None:
@@ -419,6 +474,16 @@ def test_the_daemon_sweeps_in_slices(state: Place) -> None:
     swept.tend(now)
     assert len(log.said) == 1
     ledger.close()
+
+
+def test_the_master_tends_it(state: Place) -> None:
+    home = state.task(ID.format(1), 99)
+    master = Master(state.config, Service("test"), lambda: state.config, embedded=True)
+    note, warn = master.note, master.warn
+    master.daily = Daily(state.config, master.ledger, master.keeper, note, warn, steady=0.0)
+    master.tend(time.monotonic())
+    assert not home.exists()
+    master.ledger.close()
 
 
 def test_a_clock_that_was_set_puts_it_off(state: Place) -> None:
@@ -479,4 +544,31 @@ def test_gc_is_for_whom_the_state_belongs_to(state: Place) -> None:
     os.chown(state.dirs.state, 65534, 65534)
     done = gc(state.dirs.state)
     assert done.returncode == 77
-    assert "only the user whom it belongs to" in done.stderr
+    assert "do this as the user whom it belongs to" in done.stderr
+
+
+# --- as systemd runs it ---------------------------------------------------------------
+
+
+@pytest.mark.xdist_group("box")
+def test_codex_removes_threads_within_the_unit_of_the_master() -> None:
+    """What the unit forbids keeps Codex neither from its files nor from its databases."""
+    require("hybrid")
+    with Box("hybrid") as box:
+        one = Installed(box)
+        box.run("systemctl", "start", "codexd")
+        one.drop("[[shell true]] [[say hello]]", "one.md")
+        assert one.ended("one")["usage"]["input_tokens"] == 200
+        assert "gpt-5.5" in box.run(one.program, "usage", "--by", "model").stdout
+        box.run("systemctl", "stop", "codexd", "codexd-http.socket")
+        old = f"find {STATE} {SPOOL} -type f ! -name '*sqlite*' -exec touch -d '99 days ago' {{}} +"
+        box.run("sh", "-c", old)
+        unit = f"[Service]\nType=oneshot\nRestart=no\nExecStart=\nExecStart={one.program} gc\n"
+        one.drop_in("codexd.service", unit)
+        box.run("systemctl", "start", "codexd")
+        assert not box.run("find", f"{STATE}/codex/sessions", "-type", "f").stdout
+        count = (
+            f"import glob, sqlite3\nfor f in glob.glob('{STATE}/codex/thread_history_*.sqlite'):\n"
+            "    print(sqlite3.connect(f).execute('select count(*) from thread_items').fetchone())"
+        )
+        assert box.run(PYTHON, "-c", count).stdout == "(0,)\n"

@@ -52,11 +52,11 @@ def test_its_journal_tells_the_whole_story(codexd: Installed) -> None:
     id = codexd.ended("story")["id"]
     codexd.wait_gone()
     told = codexd.box.journal(f"CODEXD_TASK={id}")
-    assert [one["CODEXD_EVENT"] for one in told] == [
-        "task.queued", "task.running", "attempt.begun", "attempt.ended", "task.done",
+    events = [f"{one['SYSLOG_IDENTIFIER']} {one['CODEXD_EVENT']}" for one in told]
+    assert events[:3] == [
+        "codexd-master task.queued", "codexd-master task.running", "codexd-worker attempt.begun",
     ]  # fmt: skip
-    who = [one["SYSLOG_IDENTIFIER"] for one in told]
-    assert who == [f"codexd-{name}" for name in ("master", "master", "worker", "worker", "master")]
+    assert set(events[3:]) == {"codexd-worker attempt.ended", "codexd-master task.done"}
     shown = codexd.box.run("journalctl", f"CODEXD_TASK={id}", "--no-pager", "-o", "cat").stdout
     assert "attempt.ended" in shown
 
@@ -155,6 +155,60 @@ def test_a_unit_that_cannot_be_set_up_is_named(codexd: Installed) -> None:
 
 
 # --- what is asked for, and what was used ------------------------------------------------------
+
+
+def test_limits_of_a_task(codexd: Installed) -> None:
+    codexd.drop(
+        "---\nlimits: {memory: 256M, cpu: 40%, tasks: 77}\n---\n[[shell sleep 1001]]", "small.md"
+    )
+    id = codexd.running("small")
+    wanted = {"MemoryMax": str(256 << 20), "CPUQuotaPerSecUSec": "400ms", "TasksMax": "77"}
+    assert codexd.box.show(unit(id), *wanted) == wanted
+    codexd.box.run("systemctl", "stop", unit(id))
+    codexd.ended("small")
+    codexd.wait_gone()
+    assert codexd.box.show(unit(id), "TasksMax") != {"TasksMax": "77"}
+    left = codexd.box.run("ls", "/run/systemd/system.control", check=False).stdout
+    assert id not in left
+
+
+def test_limits_are_no_more_than_the_units(codexd: Installed) -> None:
+    codexd.drop_in(
+        "codexd-worker@.service", "[Service]\nMemoryMax=1G\nCPUQuota=150%\nTasksMax=500\n"
+    )
+    codexd.drop(
+        "---\nlimits: {memory: 64G, cpu: 9000%, tasks: 100000}\n---\n[[shell sleep 1002]]", "large.md"
+    )
+    id = codexd.running("large")
+    wanted = {"MemoryMax": str(1 << 30), "CPUQuotaPerSecUSec": "1.500000s", "TasksMax": "500"}
+    assert codexd.box.show(unit(id), *wanted) == wanted
+    codexd.drop_in("codexd-worker@.service", "")
+    codexd.box.run("systemctl", "stop", unit(id))
+    codexd.ended("large")
+
+
+def test_a_tool_that_takes_too_much_memory_ends_alone(codexd: Installed) -> None:
+    """The limit is enforced, and the model is told: its turn goes on."""
+    greedy = "python3 -c 'b = bytearray(600 << 20); print(len(b))'; echo ended with $?"
+    codexd.drop(
+        f"---\nlimits: {{memory: 400M}}\n---\n[[shell {greedy}]]\n[[say went on]]", "tool.md"
+    )
+    task = codexd.ended("tool")
+    assert (task["state"], codexd.answer("tool")[1]) == ("done", "went on\n")
+    outputs = [out for turn in codexd.asked() for out in turn["outputs"]]
+    assert any("ended with 137" in str(out) for out in outputs), outputs[-3:]
+    assert 350 << 20 < task["cost"]["memory_peak_bytes"] <= 400 << 20
+
+
+def test_all_work_can_be_capped(codexd: Installed) -> None:
+    codexd.box.run("systemctl", "set-property", "--runtime", "codexd-workers.slice", "TasksMax=901")
+    codexd.drop("[[shell sleep 1003]]", "capped.md")
+    id = codexd.running("capped")
+    assert codexd.box.show(unit(id), "Slice") == {"Slice": "codexd-workers.slice"}
+    assert codexd.box.show("codexd-workers.slice", "TasksMax") == {"TasksMax": "901"}
+    codexd.box.run("systemctl", "stop", unit(id))
+    codexd.ended("capped")
+    codexd.box.run("systemctl", "revert", "codexd-workers.slice")
 
 
 # --- what survives ---------------------------------------------------------------------------

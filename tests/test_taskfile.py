@@ -214,7 +214,10 @@ RENAME = "rename it to end otherwise"
         ("after: x", "after: this version of codexd does not have this key"),
         ("not_before: 2026-11-23", "not_before: this version of codexd does not have this key"),
         ("verify: {command: x}", "verify: this version of codexd does not have this key"),
-        ("limits: {memory: 1G}", "limits: this version of codexd does not have this key"),
+        ("limits: {memory: 1K}", "limits.memory: found '1K'; allowed: a size from 1M to 1048576G, such as 512K, 64M or 1G"),
+        ("limits: {cpu: much}", "limits.cpu: found 'much'; allowed: from 1% to 100000% of one CPU"),
+        ("limits: {disk: 1G}", "limits.disk: unknown key; allowed: memory, cpu, tasks"),
+        ("limits: 1G", "limits: found '1G'; allowed: a mapping of memory, cpu, tasks"),
         ("session: *a", "aliases, anchors and tags are not allowed; quote *, & or !"),
         ("session: b", "session: duplicate key, line 2 has it"),
     ],
@@ -226,7 +229,7 @@ def test_values_that_are_refused(text: str, message: str) -> None:
 
 KEYS = (
     "session, workdir, model, profile, sandbox, resume, timeout, idle_timeout, priority, "
-    "attempts, key, title, images, add_dirs, output_schema, memory"
+    "attempts, key, title, images, add_dirs, output_schema, memory, limits"
 )
 
 

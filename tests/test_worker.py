@@ -22,7 +22,8 @@ FAKE = Path(__file__).parent / "bin" / "codex"
 # Everything the worker may have imported when it starts Codex, besides what an
 # empty Python has.  A module more costs every task its time: measure before.
 IMPORTS = {
-    "__future__", "_json", "codexd", "codexd.command", "codexd.durable", "codexd.prompt",
+    "__future__", "_json", "codexd", "codexd.canary", "codexd.command", "codexd.durable",
+    "codexd.prompt",
     "codexd.worker",
     # os, and what it needs:
     "_collections_abc", "_stat", "genericpath", "os", "os.path", "posixpath", "stat",
@@ -81,6 +82,11 @@ class Place:
 
 def test_what_is_imported_before_codex_starts(tmp_path: Path) -> None:
     place = Place(tmp_path)
+    place.run()  # the first looks at the sandbox; what it finds stands for a day
+    (place.tasks / ID / "2").mkdir()
+    (place.tasks / ID / "2" / "attempt.json").write_bytes(
+        (place.attempt / "attempt.json").read_bytes()
+    )
     command = place.command()
     at = command.index("-c") + 1
     command[at] = _TELL + command[at]

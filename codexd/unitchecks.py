@@ -1,0 +1,255 @@
+"""What `codexd doctor` looks at: units, what they were made from, and the master.
+
+As in `checks`; these need what `install` knows.  Where systemd is not to start
+workers here (--root, `launcher: process`, no systemd), only the master is
+looked at.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from codexd import codex, dropin, install, layout
+from codexd.checks import Findings, Host, fail, ok, said, warn
+from codexd.layout import Stand
+from codexd.submit import Trouble
+from codexd.view import View
+
+_LINGER = Path("/var/lib/systemd/linger")
+_POLKIT = ("/usr/lib/polkit-1/polkitd", "/usr/libexec/polkitd", "/usr/lib/polkitd")
+
+
+def _again(host: Host) -> str:
+    return "codexd install" if host.dirs.systemwide else "codexd install --user"
+
+
+def _stands(host: Host) -> Iterator[tuple[Path, Stand]]:
+    """Each file of the installation, and how it stands.  Raises Trouble."""
+    scene = install.Scene(_target(host), host.config, not host.dirs.systemwide, None)
+    planned = install.plan(scene)
+    for path, file in sorted(planned.items()):
+        yield path, layout.stand(install.text_of(path), file.text)
+    for path in layout.strays(install.laid(scene.target), planned):
+        yield path, Stand.OLD
+
+
+def _target(host: Host) -> layout.Target:
+    if host.dirs.systemwide:
+        return layout.Target.system()
+    return layout.Target.user(Path.home(), os.environ)
+
+
+# --- files of the installation -----------------------------------------------------------
+
+
+def files(host: Host) -> Findings:
+    """Units, scripts and rules, compared with what an install would write."""
+    if host.units:
+        yield from _compared(host, "units", derived=False)
+
+
+def drop_ins(host: Host) -> Findings:
+    """What follows from codexd.yaml, compared with it."""
+    if host.units and not host.problem:
+        yield from _compared(host, "drop-ins", derived=True)
+
+
+def _compared(host: Host, what: str, derived: bool) -> Findings:
+    try:
+        stands = [s for s in _stands(host) if (s[0].name == dropin.NAME) is derived]
+    except Trouble as trouble:
+        yield fail(str(trouble), "mend that, then: " + _again(host))
+        return
+    absent = [str(p) for p, stand in stands if stand is Stand.ABSENT]
+    old = [str(p) for p, stand in stands if stand is Stand.OLD]
+    edited = [str(p) for p, stand in stands if stand is Stand.EDITED]
+    if absent:
+        # For a user `codexd serve` is a way to have it without units.
+        severe = fail if host.dirs.systemwide else warn
+        yield severe(f"missing: {_some(absent)}", _again(host))
+    if old:
+        made = "codexd.yaml" if derived else "this version"
+        yield warn(f"not as {made} wants them: {_some(old)}", _again(host))
+    for path in edited:
+        compare = "codexd install --prefix /tmp/x, and compare" + (
+            "" if host.dirs.systemwide else " (with --user)"
+        )
+        yield warn(f"{path} was edited: no install changes it; better is a drop-in", compare)
+    if not absent and not old and not edited:
+        yield ok(f"the {what} are as this codexd and its codexd.yaml want them")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+    return ", ".join(names[:2] if more else names) + more
+
+
+def places(host: Host) -> Findings:
+    """The workdirs, and what else codexd.yaml binds into the units."""
+    config, user = host.config, host.user
+    for path in dict.fromkeys((*config.workdirs, config.workdir)):
+        if not path.is_dir():
+            if path != host.dirs.work:  # which codexd makes
+                yield warn(f"the workdir {path} is no directory", f"mkdir -p {path}")
+        elif user and not _writable(path, user.pw_uid, user.pw_gid, user.pw_name):
+            mend = f"setfacl -Rm u:{user.pw_name}:rwX,d:u:{user.pw_name}:rwX {path}"
+            yield warn(f"{user.pw_name} may not write to the workdir {path}", mend)
+    for name in config.memory.paths:
+        path = Path(os.path.expanduser(name))
+        if path.is_absolute() and not path.exists():
+            yield warn(f"there are no notes at {path} (memory.paths)", f"mkdir -p {path}")
+
+
+def _writable(path: Path, uid: int, gid: int, name: str) -> bool:
+    if os.geteuid() == uid:
+        return os.access(path, os.W_OK | os.X_OK)
+    found = path.stat()
+    groups = {gid, *(g.gr_gid for g in grp.getgrall() if name in g.gr_mem)}
+    # With an access list we cannot say more.
+    own = 0o300 if found.st_uid == uid else 0o030 if found.st_gid in groups else 0o003
+    return found.st_mode & own == own or "system.posix_acl_access" in os.listxattr(path)
+
+
+def service_path(host: Host) -> Findings:
+    """Whether units find the Codex that a person finds."""
+    if not host.units:
+        return
+    try:
+        codex.find(host.config.codex.bin, host.path)
+    except codex.Missing:
+        try:
+            found = codex.find(host.config.codex.bin, os.environ.get("PATH"))
+        except codex.Missing:
+            return
+        what = f"{found} is not on the PATH of units ({host.path})"
+        yield fail(what, f"codex: {{bin: {found}}} in {host.dirs.config_file}; {_again(host)}")
+
+
+# --- systemd ------------------------------------------------------------------------------
+
+
+def units(host: Host) -> Findings:
+    """Whether systemd has read the units, and starts them."""
+    if not host.units:
+        return
+    control = " ".join(host.manager)
+    for unit in (dropin.MASTER, dropin.SOCKET):
+        if unit == dropin.SOCKET and host.config.http.listen is None:
+            continue
+        names = "--property=LoadState,UnitFileState,ActiveState,NeedDaemonReload"
+        status, text = said([*host.manager, "show", names, "--", unit])
+        if status:
+            yield warn(f"systemd does not answer: {text}", f"{control} status")
+            return
+        told = dict(line.partition("=")[::2] for line in text.splitlines())
+        if told.get("LoadState") != "loaded":
+            yield warn(f"systemd does not know {unit}", f"{_again(host)}; {control} daemon-reload")
+        elif told.get("NeedDaemonReload") == "yes":
+            yield warn(f"{unit} was changed on disk", f"{control} daemon-reload")
+        elif told.get("UnitFileState") not in ("enabled", "static", "linked", "enabled-runtime"):
+            yield warn(f"{unit} does not start at boot", f"{control} enable {unit}")
+        elif told.get("ActiveState") not in ("active", "reloading", "activating"):
+            yield fail(f"{unit} is {told.get('ActiveState')}", f"{control} restart {unit}")
+        else:
+            yield ok(f"{unit} is enabled and {told['ActiveState']}")
+
+
+def polkit(host: Host) -> Findings:
+    """Whether user codexd may start workers."""
+    if not host.units or not host.dirs.systemwide:
+        return
+    rules = [Path(d, "polkit-1/rules.d/50-codexd.rules") for d in ("/etc", "/usr/share")]
+    if not any(map(os.path.exists, (*_POLKIT, shutil.which("pkcheck") or ""))):
+        yield fail("there is no polkit: user codexd cannot start workers", "apt install polkitd")
+    elif not any(rule.exists() for rule in rules):
+        yield fail("there is no rule that lets codexd start workers", _again(host))
+    else:
+        yield ok("polkit lets user codexd start workers, and nothing else")
+
+
+def linger(host: Host) -> Findings:
+    if not host.units or host.dirs.systemwide or host.user is None:
+        return
+    name = host.user.pw_name
+    if (_LINGER / name).exists():
+        yield ok(f"codexd goes on when {name} logs out")
+    else:
+        what = f"codexd and its tasks end when {name} logs out, and wait for the next login"
+        yield warn(what, "loginctl enable-linger")
+
+
+def group(host: Host) -> Findings:
+    """Who may submit, read and cancel, of the system's codexd."""
+    if host.dirs.rooted:
+        return
+    try:
+        found = grp.getgrnam("codexd")
+    except KeyError:
+        if host.dirs.systemwide:
+            yield fail("there is no group codexd", _again(host))
+        return
+    if not host.dirs.systemwide:
+        yield from _caller(found)
+        return
+    people = sorted(set(found.gr_mem) - {"codexd", "codexd-http"})
+    if people:
+        yield ok(f"besides root may submit, read and cancel: {', '.join(people)}")
+    else:
+        yield warn("only root may submit tasks: the group is empty", "usermod -aG codexd NAME")
+
+
+def _caller(group: grp.struct_group) -> Findings:
+    """What the system's codexd is to somebody who has, or could have, one of their own."""
+    name = pwd.getpwuid(os.geteuid()).pw_name
+    if group.gr_gid in (os.getegid(), *os.getgroups()):
+        yield ok(f"{name} may submit to the system's codexd, too: it is in the group codexd")
+    elif name in group.gr_mem:
+        yield warn(f"{name} is in the group codexd, but not in this session", "log in again")
+    else:
+        what = f"{name} may not submit to the system's codexd: it is not in the group codexd"
+        yield warn(what, f"usermod -aG codexd {name}, as root")
+
+
+# --- the master ---------------------------------------------------------------------------
+
+
+def master(host: Host) -> Findings:
+    """Whether it runs, and what it says of itself."""
+    well, told = View(host.dirs).health()
+    if told["status"] == "down":
+        start = " ".join([*host.manager, "restart", "codexd"]) if host.units else "codexd serve"
+        severe = fail if host.dirs.systemwide else warn
+        yield severe(str(told["message"]), start)
+        return
+    launcher, why = told.get("launcher"), told.get("launcher_why")
+    if why:
+        yield warn(f"workers are child processes, which end with the daemon: {why}", _again(host))
+    elif launcher == "systemd":
+        yield ok("the master runs; workers are units of systemd")
+    else:
+        yield ok("the master runs; workers are its child processes")
+    if not well:
+        gate = told.get("gate")
+        reasons = gate.items() if isinstance(gate, dict) else []
+        told_why = "; ".join(f"{reason}: {facts.get('message')}" for reason, facts in reasons)
+        yield fail(f"no task starts: {told.get('trouble') or told_why}", "codexd status")
+    if told.get("config_problem"):
+        yield fail(f"the master refused codexd.yaml: {told['config_problem']}", "mend it, reload")
+
+
+def sandbox(host: Host) -> Findings:
+    """What the master found of Codex's sandbox in the unit of a worker."""
+    _, told = View(host.dirs).health()
+    if "sandbox" not in told or told["status"] == "down":
+        return
+    found = told["sandbox"]
+    if found in (None, True, "ok", "works"):
+        yield ok("Codex's sandbox works in the unit of a worker, says the master")
+    else:
+        what = f"Codex's sandbox does not work in the unit of a worker: {found}"
+        yield fail(what, "see SECURITY in codexd(7)")
