@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from codexd import clock, dispatch, place
 from codexd.config import Config
+from codexd.dispatch import NOT_BEFORE
 from codexd.finish import Finish, Finished
 from codexd.gate import Keeper
 from codexd.launcher import Launcher
@@ -22,6 +23,7 @@ from codexd.ledger import Ledger
 from codexd.model import Event, Kind, State, Task
 from codexd.orders import Orders
 from codexd.outcome import Outcome
+from codexd.waits import Waits
 
 Record = Callable[[list[Event]], None]
 
@@ -53,6 +55,7 @@ class Attempts:
         self.error = error
         self.concluded: set[str] = set()  # to be moved to the archive
         self.wake_at: dict[str, float] = {}
+        self.waits = Waits(ledger, finish, record, refused)
 
     # --- attempts that ended ------------------------------------------------------
 
@@ -80,13 +83,17 @@ class Attempts:
                 self.error("worker.refused", task=task.id, session=task.session, why=why)
                 return self.finish.judge(task, refused=why)
             ended = self.launcher.ended(task.id)
-            if ended is None and self.launcher.survives and self.finish.was_stopped(task):
-                if task.id in self.launcher.active():
-                    return None  # its exit record will say who stopped it
+            if ended is None and self._is_ending(task):
+                return None  # its exit record will say who stopped it
             return self.finish.judge(task, ended)
         except OSError as error:
             self.refused(error, task=task.id, session=task.session)
             return None
+
+    def _is_ending(self, task: Task) -> bool:
+        """Whether its worker was stopped by somebody, and its unit is not gone yet."""
+        stopped = self.launcher.survives and self.finish.evidence.was_stopped(task)
+        return stopped and task.id in self.launcher.active()
 
     def _has_result(self, task: Task) -> bool:
         return (place.attempt(self.dirs, task.id, task.launches) / "result.json").exists()
@@ -104,13 +111,14 @@ class Attempts:
             self.wake_at[one.event.id] = now + one.delay
 
     def awake(self, now: float) -> None:
-        """Tasks whose pause is over go back to the queue."""
+        """Tasks whose pause is over, or that waited for what has come, go to the queue."""
+        self.concluded |= self.waits.tend(now)
         events = []
         tasks = self.ledger.book.tasks
         for id in [i for i in self.wake_at if i not in tasks or not tasks[i].until]:
             del self.wake_at[id]  # released, held or cancelled meanwhile
         for task in tasks.values():
-            if task.state is State.WAITING and task.until:
+            if task.state is State.WAITING and task.until and task.reason != NOT_BEFORE:
                 if task.id not in self.wake_at:  # we were started meanwhile
                     left = clock.epoch(task.until) - time.time()
                     self.wake_at[task.id] = now + min(max(left, 0.0), self.config.retry.cap)

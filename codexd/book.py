@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from zlib import crc32
 
-from codexd import durable
+from codexd import delivery, durable
+from codexd.delivery import Occasion, Owed
 from codexd.line import FORMAT, HEAD, SEALED, parse
 from codexd.model import Event, IllegalEvent, Note, State, Task, apply
 from codexd.outcome import Outcome
@@ -30,6 +32,9 @@ _ID = slice(26, 52)  # after the "- " of a task's line
 _KIND = 56
 _ENDS = frozenset(b"dfc")  # done, failed, cancelled: no other kind begins so
 _CHUNK = 64 << 10
+# Most notes of a long history are of events that were told long ago.
+_TOLD = re.compile(rb"\* \S{24} \*\*(owed|told|deferred|untold)\*\* `event=\"([a-z0-9.-]{1,40})\"")
+DELIVERIES = frozenset({Note.OWED, Note.TOLD, Note.DEFERRED, Note.UNTOLD})
 
 
 class LedgerBroken(Exception):
@@ -42,7 +47,8 @@ class Book:
 
     `tasks` is in ledger order.  `gate` maps each reason that is closed to its
     facts.  `verdicts` has the last files that did not become tasks, by the id
-    they were taken under.  `damaged` tells of lines that were not acted on.
+    they were taken under.  `owed` has the events that hooks were not told yet, the
+    oldest first.  `damaged` tells of lines that were not acted on.
     `last` are the bytes just before `offset`.
     """
 
@@ -50,6 +56,7 @@ class Book:
     gate: dict[str, Mapping[str, object]] = field(default_factory=dict)
     recent: deque[str] = field(default_factory=lambda: deque(maxlen=RECENT))
     verdicts: dict[str, Event] = field(default_factory=dict)
+    owed: dict[str, Owed] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
     offset: int = 0
     last: bytes = b""
@@ -79,6 +86,11 @@ class Book:
             self.verdicts[str(event.facts.get("id"))] = event
             if len(self.verdicts) > VERDICTS:
                 del self.verdicts[next(iter(self.verdicts))]
+        elif event.kind in DELIVERIES:
+            delivery.settle(self.owed, event)
+        elif event.kind is Note.ROTATED:
+            ended = event.facts.get("ended")
+            self.recent.extend(map(str, ended if isinstance(ended, list) else ()))
 
     def feed(self, line: bytes, here: int) -> None:
         """Add one complete line; one that cannot be acted on is reported with its place."""
@@ -114,6 +126,8 @@ class _Survey:
         # id -> an offset at or before the first line that is of interest
         self.born = dict.fromkeys((id.encode() for id in book.tasks), book.offset)
         self.ended: deque[bytes] = deque(maxlen=RECENT)
+        # Of each event that is still owed, the lines and where they are.
+        self.owed: dict[bytes, list[tuple[bytes, int]]] = {}
 
     def look(self, chunk: bytes, here: int) -> None:
         """At whole lines, good or damaged, from offset `here` on."""
@@ -132,7 +146,19 @@ class _Survey:
         if chunk.count(b"\n") != len(lines):  # much faster than to look for "\n* "
             for line in chunk.split(b"\n"):
                 if line[:1] in (b"*", b"#"):
-                    self.book.feed(line + b"\n", here)
+                    self._note(line + b"\n", here)
+
+    def _note(self, line: bytes, here: int) -> None:
+        """Events that were told are not parsed, as ended tasks are not."""
+        found = _TOLD.match(line)
+        if not found:
+            self.book.feed(line, here)
+        elif found[1] in (b"told", b"untold"):
+            self.owed.pop(found[2], None)
+            self.book.owed.pop(found[2].decode(), None)
+        else:
+            # Of those that were put off only the last says anything.
+            self.owed.setdefault(found[2], [])[1:] = [(line, here)]
 
     def _undamaged(self, chunk: bytes, here: int) -> Iterator[bytes]:
         for line in _lines(chunk):
@@ -182,6 +208,8 @@ def catch_up(book: Book, fd: int) -> None:
         survey.look(chunk, here)
         at = here + len(chunk)
     book.recent.extend(id.decode() for id in survey.ended)
+    for line, here in (one for lines in survey.owed.values() for one in lines):
+        book.feed(line, here)
     for id in [id for id in book.tasks if id.encode() not in survey.born]:
         del book.tasks[id]
     if survey.born:
@@ -220,6 +248,8 @@ def from_checkpoint(path: Path, ledger: int) -> Book | None:
             book.tasks[task.id] = task
         book.gate = {str(r["reason"]): r for r in _records(data["gate"])}
         book.recent.extend(str(i) for i in _list(data["recent"]))
+        owed = map(_owed, _records(data.get("owed", [])))
+        book.owed = {one.key: one for one in owed}
         return book
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -238,6 +268,7 @@ def to_checkpoint(book: Book, inode: int) -> bytes:
         "last": book.last.decode("latin-1"),
         "gate": list(book.gate.values()),
         "recent": list(book.recent),
+        "owed": [asdict(one) for one in book.owed.values()],
         "tasks": [asdict(task) for task in book.tasks.values()],
     }
     crc = crc32(json.dumps(data).encode())
@@ -261,4 +292,10 @@ def _task(record: dict[str, object]) -> Task:
     outcome = record.get("outcome")
     record["state"] = State(str(record["state"]))
     record["outcome"] = Outcome(str(outcome)) if outcome else None
+    record["after"] = tuple(map(str, _list(record.get("after", []))))
     return Task(**record)  # type: ignore[arg-type]
+
+
+def _owed(record: dict[str, object]) -> Owed:
+    record["occasion"] = Occasion(str(record["occasion"]))
+    return Owed(**record)  # type: ignore[arg-type]

@@ -32,7 +32,11 @@ _PYTHON = (3, 11)
 _WAIT = 30  # seconds for a tool
 _ROOM = 1 << 30  # bytes of free disk below which it is worth a word
 _ALWAYS = "CODEX_API_KEY"
-CGROUPS = Path("/sys/fs/cgroup")
+# What keeps a user from making namespaces: the kernel's setting, and what it has to be.
+_NAMESPACES = {
+    "kernel.apparmor_restrict_unprivileged_userns": "0",
+    "kernel.unprivileged_userns_clone": "1",
+}
 
 
 class Status(StrEnum):
@@ -231,7 +235,8 @@ def sandbox(host: Host) -> Findings:
 def secrets(host: Host) -> Findings:
     """Whether commands of the model are kept from what they must not read."""
     if why := profile.why_not(host.config):
-        yield warn(f"commands of the model can read secrets: {why}", "see SECURITY in codexd(7)")
+        mend = "see SECURITY CONSIDERATIONS in codexd(7)"
+        yield warn(f"commands of the model can read secrets: {why}", mend)
     else:
         yield ok("secrets are kept from commands of the model by a permission profile")
 
@@ -318,30 +323,3 @@ def clock(host: Host) -> Findings:
             "the clock is not synchronised: times in answers may be wrong",
             "timedatectl set-ntp true",
         )
-
-
-def cgroup(host: Host) -> Findings:
-    """Whether the limits of tasks are enforced."""
-    if not host.units:
-        return
-    place = CGROUPS
-    if not host.dirs.systemwide:
-        uid = os.geteuid()
-        place /= f"user.slice/user-{uid}.slice/user@{uid}.service"
-    unified = (CGROUPS / "cgroup.controllers").exists()
-    if unified:
-        listed = place / "cgroup.controllers"
-        has = set(listed.read_text().split()) if listed.exists() else set()
-    else:
-        has = {n for n in ("memory", "cpu", "pids") if (CGROUPS / n).exists()}
-        has = has if host.dirs.systemwide else set()  # v1 gives users no controllers
-    lacks = sorted({"memory", "cpu", "pids"} - has)
-    name = "cgroup v2" if unified else "cgroup v1"
-    if lacks:
-        what = f"{name} without {', '.join(lacks)} here: such limits of tasks are not enforced"
-        mend = "boot with systemd.unified_cgroup_hierarchy=1"
-        if unified and not host.dirs.systemwide:
-            mend = "systemctl edit user@.service: [Service] Delegate=cpu memory pids"
-        yield warn(what, mend)
-    else:
-        yield ok(f"{name}: limits of tasks are enforced")

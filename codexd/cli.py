@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from codexd import config, report, taskfile
+from codexd import config, controlfile, report, taskfile
 from codexd.ledger import LedgerBroken
 from codexd.lock import Locked
 from codexd.model import State
@@ -33,6 +33,7 @@ from codexd.submit import (
     seconds,
     submit,
     task_of,
+    until_drained,
     until_ended,
     view_of,
 )
@@ -66,6 +67,12 @@ def uninstall(args: argparse.Namespace) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     from codexd.doctor import doctor as run
+
+    return run(args)
+
+
+def ledger(args: argparse.Namespace) -> int:
+    from codexd.ledgerverbs import run
 
     return run(args)
 
@@ -139,6 +146,15 @@ def gate(args: argparse.Namespace) -> int:
     return Exit.DONE
 
 
+def drain(args: argparse.Namespace) -> int:
+    timeout = seconds(args.timeout)
+    if timeout is not None and not args.wait:
+        raise Trouble(Exit.USAGE, "--timeout: only with --wait")
+    view = View(directories(args))
+    give(view.dirs.inbox, "all.drain")
+    return until_drained(view, timeout) if args.wait else Exit.DONE
+
+
 # --- sessions, memory, health, checks -----------------------------------------------
 
 
@@ -160,7 +176,7 @@ def session_reset(args: argparse.Namespace) -> int:
     view = view_of(args)
     if view.session(args.name) is None:
         raise Trouble(Exit.NO_TASK, f"there is no session {args.name}")
-    name = taskfile.Control(taskfile.Verb.RESET, args.name).name
+    name = controlfile.Control(controlfile.Verb.RESET, args.name).name
     if len(os.fsencode(name)) > _LONGEST_NAME:
         why = "its name is too long for a control file; say `resume: never` in its next task"
         raise Trouble(Exit.FAILED, f"session {args.name}: {why}")
@@ -240,7 +256,9 @@ def _checked(args: argparse.Namespace, name: str) -> Json:
             dirs = directories(argparse.Namespace(**{**vars(args), "config": name}))
             config.load(dirs, explicit=True)
         else:
-            taskfile.parse(os.path.basename(name), Path(name).read_bytes())
+            scheduled = Path(name).absolute().parent.name == "schedules"
+            parse = taskfile.scheduled if scheduled else taskfile.parse
+            parse(os.path.basename(name), Path(name).read_bytes(), max_bytes=taskfile.MAX_BYTES)
     except taskfile.Refused as error:
         line, why = error.line, error.reason
     except config.ConfigError as error:
@@ -256,7 +274,7 @@ def _checked(args: argparse.Namespace, name: str) -> Json:
 RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     one.__name__: one
     for one in (
-        ask, check, control, doctor, follow, gate, gc, install, memory, selftest, serve,
+        ask, check, control, doctor, drain, follow, gate, gc, install, ledger, memory, selftest, serve,
         session_list, session_reset, session_show, show, status, submit, task_list, uninstall,
         usage, wait,
     )

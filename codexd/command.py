@@ -1,4 +1,4 @@
-"""How Codex is called: its command line and its environment.
+"""How Codex is called: its command lines, its environment, its start.
 
 Every option stands before the word `resume`, the only place where all versions
 take them; a thread is continued by its id alone, since Codex starts a new one
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PROFILE = "codexd"  # the file codexd.config.toml in CODEX_HOME; see `profile`
 PERMISSIONS = "codexd-"  # begins the names of the permission profiles in it
 
+# SIGHUP, SIGINT, SIGPIPE, SIGTERM: the same on every Linux; `signal` costs 3 ms.
+_DEFAULTED = (1, 2, 13, 15)
 _GUIDES = ("AGENTS.override.md", "AGENTS.md")
 
 _PASSED = frozenset([
@@ -86,6 +88,24 @@ def argv(
     return [*args, *(["resume", thread] if thread else []), "-"]
 
 
+def sandboxed(
+    binary: str, *, sandbox: str, profile: str | None, command: Sequence[str]
+) -> list[str]:
+    """The command line that runs `command` as Codex runs those of its model.
+
+    `sandbox` and `profile` are those of `argv`.  The sandbox is always said: without a
+    word it is read-only, whatever config.toml says.  Of the environment only what Codex
+    calls core is passed on, and what the configuration sets: not what Codex itself
+    reads from CODEX_HOME/.env.
+    """
+    if sandbox.startswith(PERMISSIONS):
+        args = ["-p", PROFILE, "-c", f'default_permissions="{sandbox}"']
+    else:
+        args = [*(["-p", profile] if profile else []), "-c", f'sandbox_mode="{sandbox}"']
+    core = 'shell_environment_policy.inherit="core"'
+    return [binary, "sandbox", *args, "-c", core, "--", *command]
+
+
 def is_unguided(workdir: str, home: str) -> bool:
     """Whether there is no AGENTS.md for Codex to find from `workdir` up.
 
@@ -121,3 +141,25 @@ def environment(base: Mapping[str, str], home: str, extra_names: Iterable[str]) 
             del env["TMPDIR"]
     env["CODEX_HOME"] = home
     return env
+
+
+def spawn(argv: list[str], env: Mapping[str, str], stdin: int) -> tuple[int, int, int]:
+    """Start a process in a group of its own: its pid, and what to read its output and its
+    errors from.  `stdin` is closed here.  Raises OSError."""
+    out, child_out = os.pipe2(os.O_CLOEXEC)
+    err, child_err = os.pipe2(os.O_CLOEXEC)
+    pid = os.posix_spawn(
+        argv[0],
+        argv,
+        env,
+        file_actions=[
+            (os.POSIX_SPAWN_DUP2, stdin, 0),
+            (os.POSIX_SPAWN_DUP2, child_out, 1),
+            (os.POSIX_SPAWN_DUP2, child_err, 2),
+        ],
+        setpgroup=0,
+        setsigdef=_DEFAULTED,
+    )
+    for fd in (stdin, child_out, child_err):
+        os.close(fd)
+    return pid, out, err

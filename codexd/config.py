@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 from codexd import document
+from codexd.delivery import Occasion
 from codexd.directories import Directories as Directories
 from codexd.directories import find as find
 from codexd.document import Document, DocumentError, Fields, Rule, Scalar, integer, string
@@ -84,6 +87,17 @@ def _is_path(found: str) -> bool:
     return bool(found) and not others_home and "\0" not in found and len(found.encode()) <= 4096
 
 
+def _words(found: Scalar) -> tuple[str, ...] | None:
+    """A command as words; there is no shell."""
+    try:
+        words = tuple(shlex.split(found))
+    except ValueError:  # a quote without its end
+        return None
+    command = os.path.expanduser(words[0]) if words else ""
+    usable = os.path.isabs(command) and "\0" not in found and len(found.encode()) <= 4096
+    return (command, *words[1:]) if usable else None
+
+
 ADDRESS = string(_is_address, "unix, off, 127.0.0.1:PORT or '[::1]:PORT'")
 TIMEOUT = duration(1, 86400, "1s to 24h")  # RuntimeMaxSec= of a worker's unit is 24h
 _AGE = duration(3600, 36500 * 86400, "1h to 36500d")
@@ -92,6 +106,7 @@ KEPT = Rule(
 )
 ATTEMPTS = integer(1, 20)
 SANDBOX = document.choice(Sandbox)
+COMMAND = Rule(_words, "the absolute path of a program, and its arguments; no shell reads them")
 NAME = string(_WORD.fullmatch, "1 to 100 of A-Z a-z 0-9 . _ : / -, not beginning with -")
 PATH = string(_is_path, "a path: absolute, relative or ~/..., at most 4096 bytes")
 
@@ -176,6 +191,7 @@ class Config:
     retry: RetryConfig = RetryConfig()
     limits: LimitsConfig = LimitsConfig()
     retention: RetentionConfig = RetentionConfig()
+    on: Mapping[Occasion, tuple[str, ...]] = field(default_factory=dict)  # commands, as words
 
 
 def keys() -> list[str]:
@@ -240,6 +256,7 @@ def _rules(state: Path) -> Rules:
             "day_tokens": integer(1, 10**15),
         },
         "retention": dict.fromkeys(("answers", "archive", "rejected"), KEPT),
+        "on": dict.fromkeys(Occasion, COMMAND),
     }
 
 
@@ -258,6 +275,7 @@ def _config(doc: Document, dirs: Directories) -> Config:
         retry=RetryConfig(**given["retry"]),
         limits=LimitsConfig(**given["limits"]),
         retention=RetentionConfig(**given["retention"]),
+        on={Occasion(name): command for name, command in given["on"].items()},
         **top,
     )
 

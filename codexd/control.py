@@ -1,4 +1,4 @@
-"""Control files: cancel, hold, release, reset, obeyed before any task is taken.
+"""Control files: cancel, hold, release, drain, reset, compact, obeyed before any task is taken.
 
 Part of the master.  The effect is in the ledger before the file is removed, and
 obeying twice changes nothing.  A control for something that does not exist is
@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from codexd import clock, place, session, spool, taskfile
+from codexd import clock, controlfile, place, session, spool, taskfile
 from codexd.config import Config
+from codexd.dispatch import wait
 from codexd.finish import Finish
-from codexd.gate import HOLD, Keeper
+from codexd.gate import BY_HAND, DRAIN, HOLD, Keeper
 from codexd.launcher import Launcher
 from codexd.ledger import Ledger
 from codexd.model import Event, Kind, Note, State, Task, apply, is_id
 from codexd.outcome import Outcome
 
 Record = Callable[[list[Event]], None]
+_CLOSING = {
+    HOLD: "held by hand; `codexd release` lets work go on",
+    DRAIN: "drained by hand: what runs goes on to its end; `codexd release` starts tasks again",
+}
 _ENDINGS = (".cancel", ".hold", ".release", ".reset", ".drain", ".compact")
 
 
@@ -67,7 +72,7 @@ class Controls:
     def _obeyed(self, name: str, record: Record) -> bool:
         """Whether the intake need not look at this file."""
         try:
-            control = taskfile.control(name)
+            control = controlfile.control(name)
         except taskfile.Refused:
             return False  # the intake rejects it with this very reason
         if control is None or not spool.is_empty_file(self.dirs.inbox / name):
@@ -77,11 +82,11 @@ class Controls:
             return True
         if not self._obey(control, record):
             return False
-        if control.verb != "hold" or self.keeper.remembered:
+        if control.verb not in BY_HAND or self.keeper.remembered(control.verb):
             (self.dirs.inbox / name).unlink(missing_ok=True)
         return True  # on a full disk the file itself has to remember the hold
 
-    def _obey(self, control: taskfile.Control, record: Record) -> bool:
+    def _obey(self, control: controlfile.Control, record: Record) -> bool:
         """Whether it was obeyed; False for one that has no task to act on."""
         verb, target = control.verb, control.target
         if verb == "reset":
@@ -102,13 +107,15 @@ class Controls:
         return True
 
     def _all(self, verb: str) -> None:
-        if verb == "hold":
-            self.keeper.close(HOLD, "held by hand; `codexd release` lets work go on")
+        if verb == "compact":
+            self.ledger.rotate(clock.now())
+        elif verb in _CLOSING:
+            self.keeper.close(verb, _CLOSING[verb])
         else:
-            kept = not self.keeper.remembered
+            kept = [reason for reason in BY_HAND if not self.keeper.remembered(reason)]
             self.keeper.release()
-            if kept:
-                (self.dirs.inbox / "all.hold").unlink(missing_ok=True)
+            for reason in kept:
+                (self.dirs.inbox / f"all.{reason}").unlink(missing_ok=True)
 
     def _change(self, task: Task, verb: str) -> list[Event]:
         """The events that a verb means for a live task."""
@@ -123,7 +130,9 @@ class Controls:
         if verb == "hold" and task.state in (State.QUEUED, State.WAITING) and task.reason != "hold":
             return [Event(now, Kind.WAITING, task.id, {"reason": "hold"})]
         if verb == "release" and task.state is State.WAITING:
-            return [Event(now, Kind.QUEUED, task.id)]
+            if task.reason == "hold" and task.bound:  # back to what its own file says
+                return [Event(now, Kind.WAITING, task.id, wait(task))]
+            return [Event(now, Kind.QUEUED, task.id, {"freed": True} if task.bound else {})]
         return []
 
     def end(self, task: Task, kind: Kind, facts: Mapping[str, object]) -> Event:

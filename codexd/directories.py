@@ -39,6 +39,7 @@ class Directories:
     http_socket: Path
     exits: Path
     limits: Path
+    hooks: Path
     heartbeat: Path
     rooted: bool  # everything below one --root
     systemwide: bool  # served by a unit of the system's, not of a user's
@@ -76,7 +77,7 @@ class Directories:
         named = {name: spool / name for name in ("inbox", "rejected", "answers", "schedules")}
         named |= {name: state / name for name in ("lock", "tasks", "archive", "sessions")}
         named |= {name: state / name for name in ("transcripts", "keys", "usage", "work")}
-        named |= {name: run / name for name in ("exits", "limits", "heartbeat")}
+        named |= {name: run / name for name in ("exits", "limits", "hooks", "heartbeat")}
         return cls(
             config_file=config / "codexd.yaml",
             state=state,

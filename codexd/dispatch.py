@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from codexd.model import State, Task
 
+AFTER, NOT_BEFORE = "after", "not_before"  # reasons to wait that a task's file gives
+
 
 @dataclass(frozen=True, slots=True)
 class Gate:
@@ -56,10 +58,22 @@ def ready(tasks: Iterable[Task], gate: Gate, slots: int, active: Set[str]) -> li
     width = gate.width(slots, len(running))
     if not width:
         return []
-    queued = [t for t in first.values() if t.state is State.QUEUED and t.id not in active]
+    queued = [t for t in first.values() if _may_start(t) and t.id not in active]
     if gate.is_open:
         queued.sort(key=lambda task: -task.priority)  # stable: then ledger order
     else:
         # The task that met the reason may be the reason: let another find out.
         queued.sort(key=lambda task: (task.launches, -task.priority))
     return queued[:width]
+
+
+def _may_start(task: Task) -> bool:
+    # One that was just accepted, or released, may be bound and not wait yet.
+    return task.state is State.QUEUED and not task.bound
+
+
+def wait(task: Task) -> dict[str, object]:
+    """The facts of the event by which a bound task waits: first for others, then for a time."""
+    if task.after:
+        return {"reason": AFTER}
+    return {"reason": NOT_BEFORE, "until": task.not_before}

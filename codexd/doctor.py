@@ -38,7 +38,7 @@ TABLE: dict[str, Callable[[Host], Findings]] = {
     "polkit": unitchecks.polkit,
     "group": unitchecks.group,
     "linger": unitchecks.linger,
-    "limits": checks.cgroup,
+    "limits": unitchecks.cgroup,
     "disk": checks.disk,
     "clock": checks.clock,
     "master": unitchecks.master,

@@ -22,6 +22,7 @@ from codexd.config import Config
 NAME = "50-codexd.conf"
 WORKER, MASTER = "codexd-worker@.service", "codexd.service"
 HTTP, SOCKET = "codexd-http.service", "codexd-http.socket"
+HOOK = "codexd-hook@.service"
 _HOMES = ("/home", "/root", "/run/user")  # ProtectHome=
 _SCRATCH = ("/tmp", "/var/tmp")  # PrivateTmp=
 _ODD = re.compile(r"""["'\\:$\x00-\x1f]""")
@@ -47,6 +48,7 @@ def texts(config: Config, own: Iterable[Path], codex: str | None) -> dict[str, s
         WORKER: _service(config, [*roots, home], [*notes, *programs]) + _personal(config),
         MASTER: _service(config, [home], programs),
         HTTP: _service(config, [], [*ours, *([token] if token else [])]),
+        HOOK: _service(config, [], [*ours, *(Path(words[0]) for words in config.on.values())]),
         SOCKET: _listen(config),
     }
     return {unit: "\n".join(lines) + "\n" for unit, lines in found.items() if lines}

@@ -5,9 +5,7 @@ answer are written, each keyed by (ID, N) so that doing it again after a crash
 changes nothing, then status.json; the ledger's line, appended by the caller for
 a whole batch, is the commit.
 
-Evidence is only what lies in tasks/ID/N, and the exit record of its unit.  An attempt without a result that had
-begun was killed with its worker: its events tell the thread, and whether the
-turn had ended before.
+What it came to is told by `evidence`, what follows by `policy`.
 """
 
 from __future__ import annotations
@@ -17,35 +15,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from zlib import crc32
 
-from codexd import cgroup, clock, codex, durable, exits, place, policy, session, transcript
+from codexd import clock, place, policy, session, transcript
 from codexd.config import Config
+from codexd.evidence import Evidence, Result
 from codexd.exits import Ended
-from codexd.model import USAGE_KEYS, Event, Kind, State, Task, apply, to_json
+from codexd.model import Event, Kind, State, Task, apply, to_json
 from codexd.outcome import Outcome
 from codexd.spend import Spend
 
-_EVENTS_LIMIT = 512 << 20
 _NOTHING: tuple[object, ...] = (None, "", {})
 MEETINGS = 100  # starts of a task that meets a spent quota or a refused login each time
 _INLINE = 1 << 20  # bytes of an answer that still go into JSON
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What an attempt left behind, checked."""
-
-    outcome: Outcome
-    message: str
-    thread: str | None = None
-    answer: str | None = None
-    began: bool = True  # passed the at-most-once point
-    ran: bool = True  # Codex ran
-    turned: bool = False  # a turn began: the model may have acted
-    gate: bool = False  # no other task could be run either
-    ended: bool = True  # by itself, or by the worker's own clocks
-    usage: Mapping[str, int] | None = None  # of the whole thread
-    model: str | None = None
-    cost: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,66 +49,8 @@ class Finish:
         self.config = config
         self.spend = spend
         self.dirs = config.dirs
+        self.evidence = Evidence(config)
         self.told = told  # the master's log
-
-    # --- evidence -------------------------------------------------------------
-
-    def result(self, task: Task, ended: Ended | None = None) -> Result:
-        """What attempt N of a running task left, now that it is over.
-
-        `ended` is the exit record of its unit, if there is one: of a turn that was cut
-        short it alone tells by whom.
-        """
-        found = self._left(task)
-        if ended is None or found.ended or (found.began and ended.result == "vanished"):
-            return found
-        outcome, text = exits.outcome(ended, exits.boot())
-        cost = {**(found.cost or {}), **ended.cost}
-        return replace(found, outcome=outcome, message=text, cost=cost)
-
-    def was_stopped(self, task: Task) -> bool:
-        """Whether its worker was told to stop, and we did not tell it."""
-        return not task.cancel and not self._left(task).ended
-
-    def _left(self, task: Task) -> Result:
-        """What the attempt's directory tells."""
-        try:
-            found = place.result(self.dirs, task.id, task.launches)
-        except ValueError as damage:
-            name = f"tasks/{task.id}/{task.launches}/result.json"
-            text = f"{name} is damaged and was not acted on: {damage}"
-            return Result(Outcome.UNKNOWN, text, task.thread)
-        if found is not None:
-            return _checked(found, task)
-        if not self.began(task.id, task.launches):
-            text = "the worker was not started"
-            return Result(
-                Outcome.INTERRUPTED, text, task.thread, began=False, ran=False, ended=False
-            )
-        return self._salvage(task)
-
-    def began(self, id: str, number: int) -> bool:
-        """Whether Codex may have run: also if the attempt's directory was lost."""
-        lost = not place.attempt(self.dirs, id, number).is_dir()
-        return lost or place.was_started(self.dirs, id, number)
-
-    def _salvage(self, task: Task) -> Result:
-        """The worker was killed: what do the events say?"""
-        reader = codex.Reader()
-        path = place.attempt(self.dirs, task.id, task.launches) / "events.jsonl"
-        try:
-            reader.feed(durable.read(path, _EVENTS_LIMIT))
-        except (FileNotFoundError, ValueError):
-            pass  # killed before Codex said anything, or not to be read
-        reader.finish()
-        thread = reader.thread or task.thread
-        told, model = codex.spent(str(self.config.codex.home), thread) if thread else ({}, None)
-        usage = _numbers(reader.usage or told, USAGE_KEYS)
-        if reader.completed and reader.message and (not task.thread or task.thread == thread):
-            text = "the turn was complete when its worker was killed"
-            return Result(Outcome.DONE, text, thread, reader.message, usage=usage, model=model)
-        text = "the worker was killed in the middle of the turn"
-        return Result(Outcome.INTERRUPTED, text, thread, usage=usage, model=model, ended=False)
 
     # --- the step ---------------------------------------------------------------
 
@@ -141,7 +63,7 @@ class Finish:
         Raises OSError when the host refuses; then nothing was said, and the
         same is done again later.
         """
-        found = self.result(task, ended)
+        found = self.evidence.result(task, ended)
         if found.outcome is Outcome.THREAD_LOST and found.turned:
             # A turn in another thread than the one asked for: to begin again would
             # do the work a second time.
@@ -238,7 +160,14 @@ class Finish:
         lines: list[dict[str, object]] = []
         if task.launches == 1:
             lines.append({"ts": task.started, **key, "role": "user", "text": self._prompt(task)})
-        said = {"ts": now, **key, "role": "assistant", "thread": found.thread}
+        said: dict[str, object] = {
+            "ts": now, **key, "role": "assistant", "thread": found.thread
+        }  # fmt: skip
+        for one in found.rounds:
+            lines.append({**said, "text": one.get("answer"), "verified": one.get("status")})
+            lines.append({"ts": now, **key, "role": "user", "text": one.get("asked")})
+        if found.verified is not None:
+            said["verified"] = found.verified
         if found.outcome is Outcome.DONE:
             return [*lines, {**said, "text": found.answer}]
         failed = {"outcome": found.outcome.value, "error": found.message}
@@ -293,35 +222,6 @@ def _sum(before: Mapping[str, float], more: Mapping[str, float]) -> dict[str, fl
         else:
             total[key] = round(total.get(key, 0) + value, 3)
     return total
-
-
-def _checked(found: Mapping[str, object], task: Task) -> Result:
-    """A worker's result; whatever is wrong in it counts as unknown."""
-    try:
-        outcome = Outcome(str(found["outcome"]))
-    except (ValueError, KeyError):
-        return Result(Outcome.UNKNOWN, "the result names no known outcome", task.thread)
-    usage, cost = found.get("usage"), found.get("cost")
-    answer, thread, model = found.get("answer"), found.get("thread"), found.get("model")
-    return Result(
-        outcome=outcome,
-        message=str(found.get("message") or ""),
-        thread=thread if isinstance(thread, str) and codex.is_thread_id(thread) else task.thread,
-        answer=answer if isinstance(answer, str) else None,
-        ran="exit_status" in found,
-        turned=bool(found.get("turn_started")),
-        gate=found.get("gate") is True,
-        ended=found.get("stop_reason") != "interrupted" or outcome is Outcome.DONE,
-        usage=_numbers(usage, USAGE_KEYS),
-        model=model if isinstance(model, str) else None,
-        cost=_numbers(cost, cgroup.COST),
-    )
-
-
-def _numbers(value: object, keys: tuple[str, ...]) -> dict[str, int]:
-    if not isinstance(value, dict):
-        return {}
-    return {k: value[k] for k in keys if isinstance(value.get(k), (int, float))}
 
 
 def _front(task: Task) -> bytes:

@@ -1,7 +1,7 @@
 """The gate: what holds all dispatch, and when to look whether it still must.
 
-Part of the master.  A spent quota, a failed login, a missing Codex, a full disk
-and `hold` are not states of ten thousand tasks; each closes the gate once, by
+Part of the master.  A spent quota, a failed login, a missing Codex, a full disk,
+`drain` and `hold` are not states of ten thousand tasks; each closes the gate once, by
 one ledger event with its reason.  What codexd can see for itself (Codex, disk,
 the day's tokens) opens it again by looking; what only the service knows (quota, login) is found
 out by letting one task through, at a known time or after growing pauses.
@@ -26,7 +26,8 @@ from codexd.model import Event, Note, Sandbox
 from codexd.outcome import Outcome
 from codexd.spend import Spend, midnight, whole
 
-HOLD, CODEX, DISK = "hold", "codex", "disk"
+HOLD, DRAIN, CODEX, DISK = "hold", "drain", "codex", "disk"
+BY_HAND = (HOLD, DRAIN)
 BUDGET = Outcome.BUDGET.value
 PROBED = frozenset({Outcome.QUOTA.value, Outcome.AUTH.value, Outcome.HOST.value})
 _LOOK = 10.0  # seconds between looks for a missing Codex
@@ -66,10 +67,9 @@ class Keeper:
     def closed(self) -> dict[str, Mapping[str, object]]:
         return {**self.ledger.book.gate, **self._unwritten}
 
-    @property
-    def remembered(self) -> bool:
+    def remembered(self, reason: str) -> bool:
         """Whether a hold would outlive us: its line is in the ledger, or there is none."""
-        return HOLD not in self._unwritten
+        return reason not in self._unwritten
 
     def gate(self, now: float) -> Gate:
         """What dispatch has to know; `now` is monotonic seconds."""
@@ -86,7 +86,7 @@ class Keeper:
         old = self.closed.get(reason)
         if old and all(old.get(k) == v for k, v in facts.items()):
             return
-        if reason == HOLD:
+        if reason in BY_HAND:
             self.told("gate.closed", **facts)
         else:
             self.warn("gate.closed", **facts)
@@ -128,7 +128,8 @@ class Keeper:
 
     def release(self) -> None:
         """`codexd release`: open what a person closed, try the rest now."""
-        self.open(HOLD)
+        for reason in BY_HAND:
+            self.open(reason)
         for reason in PROBED:
             self._probe_at[reason] = 0.0
 

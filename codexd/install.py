@@ -184,18 +184,19 @@ def text_of(path: Path) -> str | None:
 
 def install(args: argparse.Namespace) -> int:
     """The verb."""
+    os.umask(0o022)  # everybody may read what is laid down, and user codexd has to
     one = _asked(args, "lays down units for the whole system")
     planned = plan(one)
     if not one.user and not one.prefix:
         _reachable(own_places(programs()))
-    kept = lay(planned, one.target)
+    lay(planned, one.target)
     if one.prefix:
         return Exit.DONE
     _directories(one)
     _run_tools(one)
     for line in _next(one):
         print(line)
-    return Exit.FAILED if kept else Exit.DONE
+    return Exit.DONE
 
 
 def _asked(args: argparse.Namespace, what: str) -> Scene:
@@ -215,13 +216,11 @@ def _asked(args: argparse.Namespace, what: str) -> Scene:
     return scene(args.user, prefix)
 
 
-def lay(planned: Mapping[Path, File], target: Target) -> int:
-    """Make the files what they should be, as far as they are ours; how many are not."""
-    kept = 0
+def lay(planned: Mapping[Path, File], target: Target) -> None:
+    """Make the files what they should be, as far as they are ours."""
     for path, file in sorted(planned.items()):
         stand = layout.stand(text_of(path), file.text)
         if stand is Stand.EDITED:
-            kept += 1
             print(f"kept      {path}: it is not as codexd wrote it; to get codexd's: move it away")
             continue
         if stand is not Stand.SAME:
@@ -231,7 +230,6 @@ def lay(planned: Mapping[Path, File], target: Target) -> int:
             path.chmod(file.mode)  # a umask took some away
         print(f"{'found' if stand is Stand.SAME else 'wrote':9} {path}")
     _remove(layout.strays(laid(target), planned))
-    return kept
 
 
 def _remove(paths: list[Path]) -> None:
@@ -271,7 +269,8 @@ def _run_tools(one: Scene) -> None:
         _run("systemd-tmpfiles", "--create", "codexd.conf")
         _run("journalctl", "--update-catalog")
     if BOOTED.is_dir():
-        _run("systemctl", *(["--user"] if one.user else []), "daemon-reload")
+        # Who came by su or sudo may have no systemd running.
+        _run("systemctl", *(["--user"] if one.user else []), "daemon-reload", need=not one.user)
     else:
         print("skipped   systemctl daemon-reload: systemd does not run here")
 
@@ -288,7 +287,7 @@ def _run(*command: str, need: bool = True) -> bool:
     why = " ".join((done.stderr or done.stdout).split())[:300]
     if done.returncode and need:
         raise Trouble(Exit.FAILED, f"{told}: status {done.returncode}: {why}")
-    print(f"ran       {told}" + (f": {why}" if done.returncode else ""))
+    print(f"failed    {told}: {why}" if done.returncode else f"ran       {told}")
     return done.returncode == 0
 
 
@@ -327,7 +326,8 @@ def uninstall(args: argparse.Namespace) -> int:
         names = ["codexd.service", "codexd-http.socket", "codexd-http.service"]
         _run(*manager, "disable", "--now", *names, need=False)
         # After the master, which would take their end for a cancel.
-        _run(*manager, "stop", "codexd-schedule@*.timer", "codexd-worker@*.service", need=False)
+        instances = ("codexd-schedule@*.timer", "codexd-worker@*.service", "codexd-hook@*.service")
+        _run(*manager, "stop", *instances, need=False)
     _remove(found)
     if one.prefix:
         return Exit.DONE

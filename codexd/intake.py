@@ -16,11 +16,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 
-from codexd import clock, place, retention, spool, taskfile
+from codexd import clock, controlfile, place, retention, spool, taskfile
 from codexd.config import Config
-from codexd.document import UNPRINTABLE
+from codexd.document import UNPRINTABLE, Form, Scalar
 from codexd.ledger import Ledger
 from codexd.model import Event, Kind, Note, Request
+from codexd.parents import Orphans, Parents
+from codexd.when import MOST, when
 
 # What the host refuses to all files, not to one.
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE})
@@ -39,6 +41,14 @@ class Conflict(Refusal):
     def __init__(self, id: str, key: str) -> None:
         super().__init__(f"key {key!r} was used by task {id} with other content")
         self.id = id
+
+
+class Later(Exception):
+    """Tasks that the file's is to follow are not there yet, but may come: their ids or keys."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__(*names)
+        self.names = names
 
 
 class Repeat(Exception):
@@ -72,36 +82,52 @@ class Intake:
         self.ledger = ledger
         self.settled = settled
         self.full = False  # the queue is at its limit; files stay in the inbox
-        self.more = False  # settled files were left for the next round
+        self.more = False  # there is work for the next round
+        self.parents = Parents(self.dirs, ledger)
+        self.orphans = Orphans()
+        self._accepted: set[str] = set()  # in this batch: the ledger does not have them yet
         self._unsettled: dict[str, Event | None] = {}  # in the ledger, but not yet moved away
 
     def take(self, names: list[str], leftover: list[str], now: float) -> list[Event]:
         """Accept or reject what is settled; the events, already in the ledger."""
-        room = self.config.limits.queue - len(self.ledger.book.tasks)
-        self.full = room <= 0 and bool(names)
+        self._accepted.clear()
+        room = max(0, min(BATCH, self.config.limits.queue - len(self.ledger.book.tasks)))
+        self.full = not room and bool(names)
+        leftover = [id for id in leftover if id not in self.orphans]
+        late = self.orphans.again([*names, *leftover], room)
         complete = (n for n in names if self.settled(self.dirs.inbox, n, now))
-        batch = list(islice(complete, max(0, min(BATCH, room))))
-        self.more = len(batch) == BATCH
+        batch = list(islice(complete, room - len(late)))
+        self.more = room == BATCH == len(batch) + len(late)
         pairs = [(self._id_for(name), name) for name in batch]
         claimed = spool.claim(self.dirs, pairs) if pairs else []
         for _, name in pairs:
             self.settled.forget(name)
         wanted = dict(reversed(pairs))  # of two files with one id the first was taken
-        looked = [(id, self._look(id, wanted.get(id))) for id in [*leftover[:BATCH], *claimed]]
-        ids = [id for id, found in looked if not isinstance(found, OSError)]
-        events = [found for _, found in looked if not isinstance(found, OSError)]
-        fresh = [e for id, e in zip(ids, events, strict=True) if e and id not in self._unsettled]
+        looked = [
+            (id, self._look(id, wanted.get(id))) for id in [*leftover[:BATCH], *late, *claimed]
+        ]
+        there = {*names, *leftover[BATCH:], *(i for i, f in looked if isinstance(f, OSError))}
+        for id, found in looked:
+            if isinstance(found, Later):
+                self.orphans.add(id, found.names, there.difference(batch))
+        events = {id: f for id, f in looked if not isinstance(f, OSError | Later)}
+        fresh = [e for id, e in events.items() if e and id not in self._unsettled]
         self.ledger.append(fresh)
-        self._unsettled.update(zip(ids, events, strict=True))
-        for id, event in zip(ids, events, strict=True):
+        self._unsettled.update(events)
+        for id, event in events.items():
             self._settle(id, event)
             del self._unsettled[id]
+            self.orphans.forget(id)
+            self.orphans.came(id, _key_of(event))
+        self.more = self.more or (room > 0 and self.orphans.due)
         return fresh
 
-    def _look(self, id: str, name: str | None) -> Event | OSError | None:
+    def _look(self, id: str, name: str | None) -> Event | OSError | Later | None:
         """`_examine`, but an error of this one file's stays with it, for a later round."""
         try:
             return self._examine(id, name)
+        except Later as later:
+            return later
         except OSError as error:
             if error.errno in _FULL:
                 raise
@@ -115,7 +141,8 @@ class Intake:
     def _used(self, id: str) -> bool:
         """Whether no task may have this id any more."""
         kept = self.config.retention.archive
-        return self._known(id) or retention.forgotten(id, kept, time.time())
+        taken = self._known(id) or id in self.orphans
+        return taken or retention.forgotten(id, kept, time.time())
 
     def _known(self, id: str) -> bool:
         return id in self.ledger.book.tasks or place.has_ended(self.dirs, id)
@@ -153,7 +180,7 @@ class Intake:
 
     def _accept(self, id: str, name: str, now: str) -> Event:
         data = spool.contents(self.dirs, id, self.config.limits.file)
-        control = taskfile.control(name)
+        control = controlfile.control(name)
         if control and data:
             raise Refusal(f"a control file (here .{control.verb}) must be empty")
         if control and control.verb == "retry":
@@ -169,9 +196,13 @@ class Intake:
                 )
             request, of = taskfile.parse(name, data, max_bytes=self.config.limits.file), None
         self._allowed(request)
-        if request.key:
-            self._keyed(id, request.key, hashlib.sha256(data).hexdigest())
-        return self._record(id, name, request, of, now)
+        sha256 = hashlib.sha256(data).hexdigest()
+        known = not request.key or self._keyed(id, request.key, sha256)
+        after, start = self._after(id, request), self._start(request, now)
+        if request.key and not known:
+            place.remember_key(self.dirs, request.key, place.Keyed(id, sha256))
+        facts = {**self._facts(name, request, of), "after": after, **start}
+        return self._record(id, name, request, of, now, facts)
 
     def _again(self, of: str) -> tuple[Request, str]:
         """The request of an ended task, for a new one."""
@@ -187,7 +218,8 @@ class Intake:
             again = Request.from_json(found["request"])  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError, AttributeError) as damage:
             raise Refusal(f"the record of task {of} is damaged: {damage}") from damage
-        return replace(again, key=None, session=again.session or of), of
+        free = replace(again, key=None, after=(), not_before=None)
+        return replace(free, session=again.session or of), of
 
     def _allowed(self, request: Request) -> None:
         """What the configuration lets a task choose.  The worker resolves links."""
@@ -214,7 +246,8 @@ class Intake:
         asked = os.path.expanduser(request.workdir or "")
         return os.path.join(self.config.workdir, asked) if asked else str(self.config.workdir)
 
-    def _keyed(self, id: str, key: str, sha256: str) -> None:
+    def _keyed(self, id: str, key: str, sha256: str) -> bool:
+        """Whether the key is this very file's already.  Raises Conflict, Repeat."""
         try:
             found = place.keyed(self.dirs, key)
         except ValueError as damage:
@@ -222,27 +255,56 @@ class Intake:
             raise Refusal(text) from damage
         if found and found.id != id and not self._is_task(found.id):
             found = None  # its file vanished before it became a task
-        if found is None:
-            place.remember_key(self.dirs, key, place.Keyed(id, sha256))
-        elif found.id != id:
+        if found and found.id != id:
             if found.sha256 != sha256:
                 raise Conflict(found.id, key)
             raise Repeat(found.id, key)
+        return found is not None
 
     def _is_task(self, id: str) -> bool:
         """Whether it is one, or becomes one in this very batch."""
         return self._known(id) or (self.dirs.tasks / id / "task.json").exists()
 
-    def _record(self, id: str, name: str, request: Request, of: str | None, now: str) -> Event:
-        record: dict[str, object] = {
-            "id": id,
-            "file": name,
-            "created": now,
-            "retry_of": of,
-            "request": request.to_json(),
-        }
-        place.store(self.dirs, id, record)
-        facts: dict[str, object] = {
+    def _after(self, id: str, request: Request) -> list[str] | None:
+        """The ids of tasks that it follows and that are not done.  Raises Later, Refusal."""
+        found: list[str] = []
+        missing: list[str] = []
+        for name in request.after:
+            try:
+                parent = self.parents.find(name, self._accepted)
+            except ValueError as damage:
+                text = f"after: the record of key {name!r} is damaged: {damage}; move it away"
+                raise Refusal(text) from damage
+            if parent is None:
+                missing.append(name)
+            elif parent not in found and (
+                parent in self._accepted or not self.parents.is_done(parent)
+            ):
+                found.append(parent)
+        if missing and id in self.orphans.given_up:
+            raise Refusal(
+                f"after: there is no task with the id or key {missing[0]!r}, and none in the inbox "
+                "that could be taken before this one"
+            )
+        if missing:
+            raise Later(tuple(missing))
+        return found or None
+
+    def _start(self, request: Request, now: str) -> dict[str, object]:
+        """The time before which it does not start; nothing if that has passed."""
+        if request.not_before is None:
+            return {}
+        at = clock.epoch(now)
+        found = when(Scalar(request.not_before, Form.PLAIN), at)
+        if found is None or found.at > at + MOST:
+            raise Refusal(f"not_before: {request.not_before!r} is more than 366 days ahead")
+        if found.at <= at:
+            return {}
+        return {"not_before": clock.stamp(found.at), "delay": found.delay}
+
+    def _facts(self, name: str, request: Request, of: str | None) -> dict[str, object]:
+        """What the ledger says of an accepted task."""
+        return {
             "session": request.session,
             "priority": request.priority,
             "file": name,
@@ -252,7 +314,32 @@ class Intake:
             "workdir": self.workdir(request),
             "limit": request.attempts or self.config.attempts,
         }
+
+    def _record(
+        self,
+        id: str,
+        name: str,
+        request: Request,
+        of: str | None,
+        now: str,
+        facts: dict[str, object],
+    ) -> Event:
+        record: dict[str, object] = {
+            "id": id,
+            "file": name,
+            "created": now,
+            "retry_of": of,
+            "request": request.to_json(),
+        }
+        place.store(self.dirs, id, record)
+        self._accepted.add(id)
         return Event(now, Kind.QUEUED, id, facts)
+
+
+def _key_of(event: Event | None) -> str | None:
+    """The key of a task that was accepted by this event."""
+    key = event.facts.get("key") if event and event.kind is Kind.QUEUED else None
+    return str(key) if key else None
 
 
 def _one_line(reason: Exception) -> str:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping, Set
 from typing import Protocol
 
-from codexd import config
+from codexd import config, units
 from codexd.config import Config
 from codexd.exits import Ended
 from codexd.processes import Processes
@@ -70,14 +70,19 @@ def choose(config_: Config, service: Service, embedded: bool) -> Launcher:
     Raises NoLauncher, OSError.
     """
     dirs, wanted = config_.dirs, config_.launcher
-    bell = service.bell
-    if wanted is config.Launcher.AUTO and (embedded or "INVOCATION_ID" not in os.environ):
-        return Processes(dirs.tasks, dirs.run, bell)
-    if wanted is config.Launcher.PROCESS:
-        return Processes(dirs.tasks, dirs.run, bell)
-    try:
-        return Units(dirs, service.listen)
-    except UnitsMissing as problem:
-        if wanted is config.Launcher.SYSTEMD:
-            raise NoLauncher(f"launcher: systemd does not work here: {problem}") from problem
-        return Processes(dirs.tasks, dirs.run, bell, why=str(problem))
+    alone = embedded or "INVOCATION_ID" not in os.environ
+    why: str | None = None
+    if wanted is config.Launcher.SYSTEMD or (wanted is config.Launcher.AUTO and not alone):
+        try:
+            return Units(dirs, service.listen)
+        except UnitsMissing as problem:
+            if wanted is config.Launcher.SYSTEMD:
+                raise NoLauncher(f"launcher: systemd does not work here: {problem}") from problem
+            why = str(problem)
+    if left := units.still_there(dirs):
+        # Nobody would look after them, and their tasks would be run a second time.
+        stop = "systemctl stop 'codexd-worker@*.service'"
+        raise NoLauncher(
+            f"{len(left)} workers still run as units; wait for them, or end them: {stop}"
+        )
+    return Processes(dirs.tasks, dirs.run, service.bell, why=why)

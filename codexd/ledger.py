@@ -17,9 +17,10 @@ after a failed fsync: the process must end and replay.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from codexd import durable
+from codexd import durable, rotate
 from codexd.book import ENDING, Book, LedgerBroken, catch_up, from_checkpoint, stands, to_checkpoint
 from codexd.line import FORMAT, HEAD, SEALED, parse, render, seal
 from codexd.model import Event, Kind, Task, apply
@@ -92,6 +93,9 @@ class Follower:
 # --- writing --------------------------------------------------------------------
 
 
+Owing = Callable[[list[Event], Collection[str]], list[Event]]
+
+
 class Ledger:
     """The one writer.  Open it only under the master's lock."""
 
@@ -100,7 +104,11 @@ class Ledger:
 
         Raises OSError, LedgerFull, LedgerBroken.
         """
+        self.path = path
         self.checkpoint_path = checkpoint
+        self.laid_aside: list[Path] = []  # by rotations that nobody was told of yet
+        self._least = 0  # bytes that the file began with
+        self.owing: Owing = lambda _events, _gate: []
         self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         reader = Follower(path, checkpoint)
         reader.refresh()
@@ -110,21 +118,25 @@ class Ledger:
         if self.torn:
             os.ftruncate(self._fd, self.book.offset)
         self._marked = self.book.offset
+        rotate.forget_unfinished(path, self._fd)
         if not self.book.offset:
             self._write(seal(HEAD))
-            durable.sync_directory(path.parent)
+        durable.sync_directory(path.parent)  # a crash may have come before a rotation did
 
     def append(self, events: list[Event]) -> list[Task | None]:
         """Write a batch and make it durable; the tasks as they are after it.
 
-        Every event is checked against the table before a byte is written.
+        Every event is checked against the table before a byte is written.  What hooks are
+        owed because of them (`owing`, given the events and the reasons for which the
+        gate is closed) goes into the same batch.
         Raises IllegalEvent (nothing written), LedgerFull, LedgerBroken.
         """
         if not events:
             return []
         _rehearse(self.book, events)
-        self._write(b"".join(map(render, events)))
-        return [self.book.act(event) for event in events]
+        more = self.owing(events, self.book.gate.keys())
+        self._write(b"".join(map(render, [*events, *more])))
+        return [self.book.act(event) for event in [*events, *more]][: len(events)]
 
     def _write(self, data: bytes) -> None:
         size = self.book.offset
@@ -155,6 +167,34 @@ class Ledger:
         inode = os.fstat(self._fd).st_ino
         durable.write(self.checkpoint_path, to_checkpoint(self.book, inode))
         self._marked = self.book.offset
+
+    def shorten(self, at: str) -> None:
+        """Keep the next start short: begin a long file anew, else write a checkpoint.
+
+        Raises as `rotate` and `checkpoint` do.
+        """
+        if self.book.offset >= max(rotate.LONG, 2 * self._least):
+            self.rotate(at)
+        else:
+            self.checkpoint()
+
+    def rotate(self, at: str) -> None:
+        """Begin the file anew with what still matters; the old one is kept.
+
+        Readers, and the next start, find the same book.  Raises OSError, and then all is
+        as it was, or LedgerBroken.
+        """
+        fd, old = rotate.replace(self.path, self._fd, self.book, at)
+        os.close(self._fd)
+        self._fd = fd
+        try:
+            durable.sync_directory(self.path.parent)
+        except OSError as error:
+            # After a power cut the old file may be back: nothing can be promised any more.
+            raise LedgerBroken(f"fsync of {self.path.parent} failed: {error}") from error
+        self._marked, self._least = 0, self.book.offset
+        self.book.damaged.clear()  # the lines are in the old file
+        self.laid_aside.append(old)
 
     def close(self) -> None:
         os.close(self._fd)

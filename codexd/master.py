@@ -27,6 +27,7 @@ from codexd.config import Config, ConfigError
 from codexd.control import Controls
 from codexd.finish import Finish
 from codexd.gate import DISK, Keeper
+from codexd.hooks import Hooks
 from codexd.intake import Intake
 from codexd.ledger import Ledger, LedgerBroken, LedgerFull
 from codexd.model import Event, Kind, Note, State
@@ -73,8 +74,10 @@ class Master:
         )  # fmt: skip
         self.daily = Daily(config, self.ledger, self.keeper, self.note, self.warn)
         self.probe = Probe(config, self.launcher, self.keeper)
+        log = (self.note, self.warn, self.error)
+        self.hooks = Hooks(config, self.ledger, self.launcher.survives, *log)
         rooms = (self, self.keeper, self.intake, self.finish, self.attempts, self.attempts.orders)
-        self.reload = Reload(service, read, config, (*rooms, self.daily, self.probe))
+        self.reload = Reload(service, read, config, (*rooms, self.daily, self.probe, self.hooks))
         self.trouble: str | None = None  # what the host refused in the last round
         self._told: set[str] = set()  # and what was logged of it
         self.stop_at: float | None = None
@@ -157,6 +160,7 @@ class Master:
             self.attempts.dispatch,
             self.probe.tend,
             self.tend,
+            self.hooks.tend,
         ):
             try:
                 part(now)
@@ -189,9 +193,11 @@ class Master:
         if self.ledger.unmarked >= _CHECKPOINT and now >= self._next_checkpoint:
             self._next_checkpoint = now + 10.0
             try:
-                self.ledger.checkpoint()
-            except OSError as error:  # it is no more than a short cut
+                self.ledger.shorten(clock.now())
+            except OSError as error:  # it only makes the next start shorter
                 self.service.log(Level.ERROR, "host.refuses", what=sentence(error))
+        while self.ledger.laid_aside:
+            self.note("ledger.rotated", kept=self.ledger.laid_aside.pop(0))
         self.daily.tend(now)
 
     def summary(self) -> dict[str, object]:
@@ -216,6 +222,7 @@ class Master:
             "damaged": len(self.ledger.book.damaged),
             "gate": self.keeper.closed,
             "today": self.keeper.today(),
+            "hooks": self.hooks.summary(),
         }
 
     def beat(self) -> None:
@@ -233,7 +240,9 @@ class Master:
         if self.intake.more:
             return 0.0
         scan = 0.1 if self.settled.pending(now) else SCAN
-        scan = min(scan, self.daily.pause(now))
+        scan = min(
+            scan, self.daily.pause(now), self.hooks.pause(now), self.attempts.waits.pause(now)
+        )
         return min(
             [scan, self.launcher.pause(now), *(at - now for at in self.attempts.wake_at.values())]
         )
@@ -246,6 +255,7 @@ class Master:
             self.watch.stop()
             self.service.notify("STOPPING=1")
             self.launcher.stop(active)
+            self.hooks.stop()
         elif active and now >= self.stop_at:
             self.launcher.kill(active)
             active = self.launcher.active()

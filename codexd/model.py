@@ -59,11 +59,16 @@ class Note(StrEnum):
 
     STARTED = "started"
     STOPPED = "stopped"
+    ROTATED = "rotated"  # this file goes on from an older one
     REJECTED = "rejected"  # a file that never became a task
     REPEATED = "repeated"  # same key and content: the first task's id stands
     CLOSED = "closed"  # the gate, with reason and until
     OPENED = "opened"
     RESET = "reset"  # a session's thread was forgotten
+    OWED = "owed"  # an event that a hook has to be told
+    TOLD = "told"  # it was
+    DEFERRED = "deferred"  # the hook failed, and is tried again
+    UNTOLD = "untold"  # given up
 
 
 TRANSITIONS: Mapping[tuple[State | None, Kind], State] = {
@@ -119,6 +124,8 @@ class Request:
     timeout: float | None = None
     idle_timeout: float | None = None
     priority: int = 5
+    after: tuple[str, ...] = ()  # ids or keys of tasks that must be done first
+    not_before: str | None = None  # as it was written; see `when`
     attempts: int | None = None
     key: str | None = None
     title: str | None = None
@@ -126,6 +133,7 @@ class Request:
     add_dirs: tuple[str, ...] = ()
     output_schema: str | None = None
     memory: bool = True
+    verify: Mapping[str, object] | None = None  # command, and rounds: its most runs
     limits: Mapping[str, int] | None = None  # memory in bytes, cpu in percent of one, tasks
 
     def to_json(self) -> dict[str, object]:
@@ -136,11 +144,12 @@ class Request:
         """Read back what `to_json` wrote; unknown keys of a newer version are dropped."""
         known = {f.name for f in fields(cls)}
         values: dict[str, object] = {k: v for k, v in data.items() if k in known}
-        for name in ("images", "add_dirs"):
+        for name in ("images", "add_dirs", "after"):
             found = values.get(name)
             values[name] = tuple(found) if isinstance(found, (list, tuple)) else ()
-        limits = values.get("limits")
-        values["limits"] = dict(limits) if isinstance(limits, Mapping) else None
+        for name in ("limits", "verify"):
+            given = values.get(name)
+            values[name] = dict(given) if isinstance(given, Mapping) else None
         if values.get("sandbox") is not None:
             values["sandbox"] = Sandbox(str(values["sandbox"]))
         values["resume"] = Resume(str(values.get("resume", "auto")))
@@ -162,7 +171,9 @@ class Task:
 
     Times are RFC 3339 UTC text with milliseconds.  `launches` numbers the
     attempt directories (N); `attempts` counts those that count against the
-    limit, `interruptions` those that do not.
+    limit, `interruptions` those that do not.  `after` are the ids of tasks that
+    must be done before it starts, `not_before` is the time before which it does not;
+    `delay` is how many seconds that was when it was accepted, if it was no time.
     """
 
     id: str
@@ -186,6 +197,9 @@ class Task:
     interruptions: int = 0
     limit: int = 3
     cancel: bool = False
+    after: tuple[str, ...] = ()
+    not_before: str | None = None
+    delay: float | None = None
     thread: str | None = None
     usage: Mapping[str, int] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
@@ -194,6 +208,11 @@ class Task:
     def session_name(self) -> str:
         """A task without a session has one of its own, named by its id."""
         return self.session or self.id
+
+    @property
+    def bound(self) -> bool:
+        """Whether it may not start yet, for its own file says so."""
+        return bool(self.after or self.not_before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +237,8 @@ def apply(task: Task | None, event: Event) -> Task:
 
     Facts are fields of the task: the last value stands.  A fact of None says
     nothing, as in the ledger, where it is not written; only `fresh` unsets the
-    thread.  What only means something while a task waits (until, reason) is
-    cleared by every move.
+    thread, and `freed` what bound the task.  What only means something while a
+    task waits (until, reason) is cleared by every move.
 
     Raises IllegalEvent where TRANSITIONS has no row.
     """
@@ -235,10 +254,14 @@ def apply(task: Task | None, event: Event) -> Task:
     facts = {k: v for k, v in event.facts.items() if k in _FACTS and v is not None}
     if "outcome" in facts:
         facts["outcome"] = Outcome(str(facts["outcome"]))
+    if isinstance(after := facts.get("after"), list):  # as JSON has it
+        facts["after"] = tuple(after)
     if event.kind is not Kind.STOPPING:
         facts = {"until": None, "reason": None, **facts}
     if event.facts.get("fresh"):
         facts["thread"] = None
+    if event.facts.get("freed"):
+        facts |= {"after": (), "not_before": None, "delay": None}
     if event.kind is Kind.RUNNING:
         facts = {"message": None, "started": (task and task.started) or event.at, **facts}
     if state.ended:
@@ -253,7 +276,7 @@ def to_json(task: Task, answer: str | None, answer_file: str | None) -> dict[str
         "id": task.id,
         "state": task.state.value,
         "outcome": task.outcome.value if task.outcome else None,
-        "message": task.message,
+        "message": task.message or _awaited(task),
         "until": task.until,
         "reason": task.reason,
         "session": task.session_name,
@@ -273,3 +296,11 @@ def to_json(task: Task, answer: str | None, answer_file: str | None) -> dict[str
         "usage": {k: task.usage.get(k) for k in USAGE_KEYS},
         "cost": {k: task.cost.get(k) for k in COST_KEYS},
     }
+
+
+def _awaited(task: Task) -> str | None:
+    """What a task says that waits for others and has not run."""
+    if task.state is not State.WAITING or not task.after:
+        return None
+    more = f" and {len(task.after) - 3} more" if len(task.after) > 3 else ""
+    return f"it follows {', '.join(task.after[:3])}{more}"

@@ -71,16 +71,32 @@ _PROMPT: Schema = {
     "pattern": _not_blank(r"\u0000"),
     "description": "What Codex is asked to do.",
 }
+
+
+def _either(pattern: str) -> Schema:
+    return {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": pattern}]}
+
+
 _LIMITS = {
     **_object(
         {
-            "memory": {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": "^[0-9]+[KMG]?$"}]},
-            "cpu": {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": "^[0-9]+%?$"}]},
+            "memory": _either("^[1-9][0-9]{0,9}[MG]$"),
+            "cpu": _either("^[1-9][0-9]{0,4}%$"),
             "tasks": {"type": "integer", "minimum": 1},
         },
         [],
     ),
     "description": "Only where workers are systemd units.",
+}
+_VERIFY = {
+    **_object(
+        {
+            "command": _text(1000, "A line for sh(1); exit status 0 says that the task is done."),
+            "rounds": {"type": "integer", "minimum": 1, "maximum": 10, "default": 3},
+        },
+        ["command"],
+    ),
+    "description": "The task's own check, run after each turn.",
 }
 _KEYS: Mapping[str, Schema] = {
     "session": _text(200, "Tasks of one session run one after another in one thread."),
@@ -92,12 +108,22 @@ _KEYS: Mapping[str, Schema] = {
     "timeout": _DURATION,
     "idle_timeout": _DURATION,
     "priority": {"type": "integer", "minimum": 0, "maximum": 9, "default": 5},
+    "after": {
+        "type": "array",
+        "maxItems": 50,
+        "items": _text(200, "The id or key of a task that must be done first."),
+    },
+    "not_before": {
+        "description": "A time, local to the daemon if it has no zone, or a delay; at most 366d.",
+        "anyOf": [{"type": "number", "minimum": 1}, {"type": "string"}],
+    },
     "attempts": {"type": "integer", "minimum": 1, "maximum": 20},
     "key": _text(200, "Makes sending the same again harmless."),
     "title": _text(200, "For people."),
     "images": _PATHS,
     "add_dirs": _PATHS,
     "output_schema": _PATH,
+    "verify": _VERIFY,
     "limits": _LIMITS,
     "memory": {"anyOf": [{"type": "boolean"}, {"enum": ["on", "off"]}]},
 }

@@ -95,6 +95,7 @@ class Orders:
             "timeout": request.timeout or config.timeout,
             "idle_timeout": request.idle_timeout or config.idle_timeout,
             "tokens": self._left(task),
+            "verify": request.verify,
             "setpriv": self.setpriv,
             "memory": {
                 "on": request.memory,
@@ -107,7 +108,7 @@ class Orders:
 
     def _preamble(self, task: Task, thread: str | None) -> str:
         """What the model must know before a task that has run already."""
-        begun = any(self.finish.began(task.id, n) for n in range(1, task.launches + 1))
+        begun = any(self.finish.evidence.began(task.id, n) for n in range(1, task.launches + 1))
         if not begun:
             return ""
         if thread:

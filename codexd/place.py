@@ -105,6 +105,14 @@ def archive(dirs: Directories, id: str) -> None:
         durable.sync_directory(target.parent)
 
 
+def keep(dirs: Directories, id: str, name: str, text: str) -> None:
+    """A note beside an ended task, in place of one of that name; none where it is gone."""
+    for home in (archived(dirs, id), dirs.tasks / id):
+        if home.is_dir():
+            (home / name).write_text(text, "utf-8", "replace")
+            return
+
+
 def status(dirs: Directories, id: str) -> dict[str, object] | None:
     """What a task came to, wherever it lies by now; None if it has not ended.
 

@@ -222,6 +222,14 @@ def _reason(name: str, facts: object) -> str:
     return f"{name}{until}: {facts.get('message')}"
 
 
+def _hooks(told: object) -> None:
+    """What hooks were not told yet, where one fails."""
+    if isinstance(told, dict) and told.get("failing"):
+        plural = "s" * (told["owed"] != 1)
+        why = "; ".join(f"{name}: {text}" for name, text in told["failing"].items())
+        print(clean(f"hooks: {told['owed']} event{plural} owed; {why}"))
+
+
 def status(view: View, well: bool, health: Json) -> None:
     """One screen: is all well, what goes on, what failed last, what today used."""
     tasks = view.short_list()
@@ -235,6 +243,7 @@ def status(view: View, well: bool, health: Json) -> None:
         )
         if health.get("watch_problem"):
             print(clean(f"inbox: {health['watch_problem']}"))
+        _hooks(health.get("hooks"))
     for state in ("running", "waiting", "queued"):
         _section(state, [t for t in tasks if t["state"] == state])
     _section("failed last", [t for t in tasks if t["state"] == "failed"][-5:])

@@ -3,7 +3,7 @@
 It only looks; `sweep` removes.  What has a time (the keys `retention`) is:
 
     sessions      sessions/NAME.json, its transcript, and their Codex threads
-    archive       archive/YYYY-MM/ID with the threads it ran in; keys/, usage/
+    archive       archive/YYYY-MM/ID with the threads it ran in; keys/, usage/; old ledgers
     answers       answers/STEM.ID.md
     rejected      rejected/NAME and NAME.reason
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from codexd import codex, durable, place, session, spend, transcript
+from codexd import codex, durable, place, rotate, session, spend, transcript
 from codexd.config import Config
 from codexd.model import ID_PATTERN, Task, is_id
 
@@ -93,7 +93,7 @@ class Retention:
         """Everything that may go; None where one may pause."""
         for part in (
             self._sessions, self._transcripts, self._archive, self._keys,
-            self._answers, self._rejected, self._days,
+            self._answers, self._rejected, self._days, self._ledgers,
         ):  # fmt: skip
             try:
                 yield from part()
@@ -235,6 +235,11 @@ class Retention:
                 continue
             if self._old(entry, self.kept.archive):
                 yield _file("usage", Path(entry.path))
+
+    def _ledgers(self) -> Iterator[Old | None]:
+        for path in rotate.kept(self.dirs.ledger):
+            if self._is_old(path):
+                yield _file("ledger", path)
 
     # --- Codex's threads ----------------------------------------------------------
 

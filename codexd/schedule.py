@@ -6,7 +6,9 @@ that is, the timer says; what is to be done, the file, which is read anew each t
 Promises: the task's key is NAME and the time at which the timer elapsed (started by
 hand: this minute), so to run again for the same time does nothing.  While an earlier
 delivery still lies in the inbox, as it does when codexd is stopped, there is no
-further one: after any outage a schedule has one task to catch up on.
+further one: after any outage a schedule has one task to catch up on.  With
+`overlap: skip` in the file there is none while an earlier task has not ended, with
+`overlap: queue` none while one waits to run; that is looked up in the ledger.
 
 When the timer elapsed, its stamp file says (Persistent=yes).  What systemd puts into
 $TRIGGER_TIMER_REALTIME_USEC cannot be used: that of version 252 stays the time of the
@@ -27,9 +29,12 @@ from pathlib import Path
 
 from codexd import durable, spool, taskfile
 from codexd.config import ConfigError, Directories
-from codexd.model import Request
+from codexd.ledger import LedgerBroken
+from codexd.model import Request, Resume, State
 from codexd.program import Exit, directories, options
 from codexd.service import Level, Service
+from codexd.taskfile import Overlap
+from codexd.view import View
 
 # Seconds since the timer elapsed; what is started later, somebody starts by hand.
 FRESH = 300
@@ -54,17 +59,21 @@ def key(name: str, elapsed: float | None, now: float) -> str:
     return f"{name}-{time.strftime(_STAMP, time.gmtime(elapsed))}"
 
 
-def request(file: Path, key: str) -> Request:
+def request(file: Path, key: str) -> tuple[Request, Overlap | None]:
     """What the schedule's file asks for.  Raises OSError, ValueError with the reason."""
     # An admin may keep the file elsewhere; durable.read follows no link.
     data = durable.read(os.path.realpath(file), _MOST)
     try:
-        found = taskfile.parse(file.name, data, max_bytes=_MOST)
+        found, overlap = taskfile.scheduled(file.name, data, max_bytes=_MOST)
     except taskfile.Refused as why:
         raise ValueError(f"{file}: {why}") from why
     if found.key is not None:
         raise ValueError(f"{file}: key: a schedule's tasks get keys of their own; remove it")
-    return replace(found, key=key)
+    if overlap is Overlap.QUEUE and found.session is None:
+        # A session is what makes tasks run one after another.
+        fresh = Resume.NEVER if found.resume is Resume.AUTO else found.resume
+        found = replace(found, session=file.stem, resume=fresh)
+    return replace(found, key=key), overlap
 
 
 def waiting(inbox: Path, name: str) -> str | None:
@@ -74,24 +83,45 @@ def waiting(inbox: Path, name: str) -> str | None:
     return next((found for found in names if delivered.fullmatch(found)), None)
 
 
+def overlapping(dirs: Directories, name: str, overlap: Overlap | None) -> str | None:
+    """Why its earlier deliveries leave no room for one more; None if they do.
+
+    Raises OSError, LedgerBroken: then nobody knows.
+    """
+    if overlap is None:
+        return None
+    delivered = re.compile(rf"{re.escape(name)}-{_STAMPED}", re.ASCII)
+    view = View(dirs)
+    view.refresh()
+    live = [t for t in view.live() if t.key and delivered.fullmatch(t.key)]
+    view.close()
+    if overlap is Overlap.QUEUE:
+        live = [t for t in live if t.state is not State.RUNNING]
+    return f"task {live[0].id} of {live[0].key} is {live[0].state}" if live else None
+
+
 def deliver(name: str, stamp: str | None, dirs: Directories, service: Service) -> Exit:
     """One delivery, and the word about it."""
     inbox, this = dirs.inbox, key(name, elapsed(stamp), time.time())
     try:
-        asked = request(dirs.schedules / f"{name}.md", this)
+        asked, overlap = request(dirs.schedules / f"{name}.md", this)
         if earlier := waiting(inbox, name):
             why = f"{earlier} still lies in the inbox; is codexd running?"
             service.log(Level.WARNING, "schedule.skipped", schedule=name, key=this, why=why)
             return Exit.DONE
+        if reason := overlapping(dirs, name, overlap):
+            why = f"{reason} (overlap: {overlap})"
+            service.log(Level.NOTICE, "schedule.skipped", schedule=name, key=this, why=why)
+            return Exit.DONE
         spool.deliver(inbox, f"{this}.json", taskfile.dump(asked))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, LedgerBroken) as problem:
         service.log(Level.ERROR, "schedule.refused", schedule=name, key=this, why=_why(problem))
         return Exit.PERMISSION if isinstance(problem, PermissionError) else Exit.FAILED
     service.log(Level.INFO, "schedule.delivered", schedule=name, key=this, session=asked.session)
     return Exit.DONE
 
 
-def _why(problem: OSError | ValueError) -> str:
+def _why(problem: OSError | ValueError | LedgerBroken) -> str:
     if isinstance(problem, OSError):
         return f"{problem.filename}: {problem.strerror}"
     return str(problem)

@@ -108,4 +108,3 @@ class HttpFailed(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
-

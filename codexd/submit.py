@@ -21,6 +21,9 @@ from codexd.program import Exit, directories
 from codexd.view import Json, View
 
 POLL = 0.03  # seconds between looks at the ledger while somebody waits
+_LISTS = ("images", "add_dirs", "after")  # keys of several values
+RESTART = 15.0  # seconds for which a daemon that others wait for may be down
+_LOOK = 0.2  # seconds between looks at the daemon's sign of life
 WORD = 5.0  # seconds to wait for the master's word on a submission
 _MOST = 64 << 20  # bytes read of a task file; the master knows its own limit
 
@@ -67,6 +70,24 @@ def until_ended(view: View, id: str, timeout: float | None, told: Callable[[Json
         time.sleep(POLL)
 
 
+def until_drained(view: View, timeout: float | None) -> Exit:
+    """Wait until the daemon says that it is drained and that nothing runs."""
+    end = None if timeout is None else time.monotonic() + timeout
+    down = None  # since when; a restart takes its time
+    while True:
+        health = view.health()[1]
+        gate, now = health.get("gate"), time.monotonic()
+        down = None if health["status"] != "down" else now if down is None else down
+        if down is None and isinstance(gate, dict) and "drain" in gate and not health["running"]:
+            return Exit.DONE
+        if end is not None and now >= end:
+            return Exit.UNFINISHED
+        if down is not None and now >= down + RESTART:
+            why = "codexd is not serving: all.drain waits in the inbox, and what runs is unknown"
+            raise Trouble(Exit.UNAVAILABLE, why)
+        time.sleep(_LOOK)
+
+
 def seconds(text: str | None) -> float | None:
     if text is None:
         return None
@@ -111,7 +132,7 @@ def _request(args: argparse.Namespace) -> Request:
         if not found or key == "prompt":
             raise Trouble(Exit.USAGE, f"-o {option}: it must be KEY=VALUE, and no prompt")
         several = [Scalar(part, Form.PLAIN) for part in value.split(",")]
-        values[key] = several if key in ("images", "add_dirs") else Scalar(value, Form.PLAIN)
+        values[key] = several if key in _LISTS else Scalar(value, Form.PLAIN)
     if args.session is not None:
         values["session"] = Scalar(args.session, Form.TEXT)
     if args.workdir is not None:

@@ -7,20 +7,15 @@ and anything else is a prompt in plain text.
 
 Whatever the bytes, `parse` returns a Request or raises Refused, whose text is
 one line for the person who dropped the file, with the line counted from the
-top of the file.  Nothing is ignored: an unknown key, a duplicate one, a wrong
-type and a key that only a later version knows are refusals.
-
-Control files have no content; `control` reads their names.  That they are
-empty is for the caller to check, which has the size at hand.
+top of the file.  Nothing is ignored: an unknown key, a duplicate one and a
+wrong type are refusals.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from enum import StrEnum
-from urllib.parse import unquote
 
 from codexd.config import ATTEMPTS, NAME, PATH, SANDBOX, TIMEOUT, percent, size
 from codexd.document import (
@@ -29,20 +24,20 @@ from codexd.document import (
     Document,
     DocumentError,
     Fields,
-    Form,
     Rule,
-    Scalar,
     choice,
     integer,
     parse_json,
     parse_yaml,
-    shown,
     string,
 )
-from codexd.model import Request, Resume, is_id
+from codexd.model import Request, Resume
+from codexd.when import NOT_BEFORE
 
 MAX_BYTES = 1 << 20
 MAX_FRONT_MATTER = 16 << 10  # bytes
+MAX_AFTER = 50  # tasks that one can follow
+ROUNDS = 3  # runs of a check, where nothing is said
 KEYS = (
     "session",
     "workdir",
@@ -53,6 +48,8 @@ KEYS = (
     "timeout",
     "idle_timeout",
     "priority",
+    "after",
+    "not_before",
     "attempts",
     "key",
     "title",
@@ -60,17 +57,17 @@ KEYS = (
     "add_dirs",
     "output_schema",
     "memory",
+    "verify",
     "limits",
     "prompt",
 )
-LATER = ("after", "not_before", "verify")  # keys of a later version
-ALL = "all"  # the target of `all.hold` and `all.release`
+
 
 _MARKDOWN = ("md", "markdown")
 _UNFINISHED = (".tmp", ".part", "~", ".swp", ".filepart", ".crdownload")
 _FENCE = re.compile(r"^---[ \t]*\r?$", re.MULTILINE)
 _BLANK_LINES = re.compile(r"(?:[^\S\n]*+\n)*+")
-_BROKEN_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
 _MARKS = (  # the longer first: UTF-32's begins like UTF-16's
     (b"\xff\xfe\0\0", "UTF-32"),
     (b"\0\0\xfe\xff", "UTF-32"),
@@ -91,31 +88,11 @@ class Refused(ValueError):
         return self.reason if self.line is None else f"line {self.line}: {self.reason}"
 
 
-class Verb(StrEnum):
-    """What a control file asks for."""
+class Overlap(StrEnum):
+    """What a schedule does while its earlier deliveries have not ended."""
 
-    CANCEL = "cancel"
-    HOLD = "hold"
-    RELEASE = "release"
-    RETRY = "retry"
-    RESET = "reset"
-
-
-@dataclass(frozen=True, slots=True)
-class Control:
-    """A control file's meaning; `target` is a task's id, ALL, or a session's name."""
-
-    verb: Verb
-    target: str
-
-    @property
-    def name(self) -> str:
-        """The file name that `control` reads back."""
-        stem = self.target
-        if self.verb is Verb.RESET:
-            # Only what a file name cannot hold, and the dot that would hide it.
-            stem = re.sub(r"[%/]|^\.", lambda found: f"%{ord(found[0]):02X}", stem)
-        return f"{stem}.{self.verb}"
+    SKIP = "skip"  # deliver nothing
+    QUEUE = "queue"  # let one wait besides the one that runs
 
 
 def _one_line(most: int) -> Rule[str]:
@@ -125,10 +102,12 @@ def _one_line(most: int) -> Rule[str]:
     return string(fits, f"1 to {most} printable characters on one line")
 
 
-_LABEL = _one_line(200)
+LABEL = _one_line(200)
 _PROMPT = string(lambda found: found.strip() and "\0" not in found, "a text that is not blank")
 _RESUME = choice(Resume)
 _PRIORITY = integer(0, 9)
+_COMMAND = _one_line(1000)
+_ROUNDS = integer(1, 10)
 _LIMITS = {
     "memory": size(1 << 20, 1 << 50, "1M to 1048576G"),
     "cpu": percent(1, 100_000, "1% to 100000%"),
@@ -144,8 +123,23 @@ def ignored(name: str) -> bool:
 def parse(name: str, data: bytes, *, max_bytes: int = MAX_BYTES) -> Request:
     """What the file `name` with the content `data` asks for.  Raises Refused."""
     try:
-        _, dot, ending = name.rpartition(".")
-        return _parse(ending.lower() if dot else "", _text(data, max_bytes))
+        return _request(*_document(name, data, max_bytes))
+    except DocumentError as err:
+        raise Refused(err.reason, err.line) from err
+
+
+def scheduled(name: str, data: bytes, *, max_bytes: int) -> tuple[Request, Overlap | None]:
+    """What a schedule's file asks for, and its key `overlap`, which no task has.
+
+    Raises Refused.
+    """
+    try:
+        document, body = _document(name, data, max_bytes)
+        own = {key: document.values.pop(key) for key in ("overlap",) if key in document.values}
+        overlap = Fields(Document(own, document.lines), ["overlap"]).value(
+            "overlap", None, choice(Overlap)
+        )
+        return _request(document, body), overlap
     except DocumentError as err:
         raise Refused(err.reason, err.line) from err
 
@@ -172,40 +166,6 @@ def dump(request: Request) -> bytes:
     return f"{json.dumps(values, ensure_ascii=False, indent=2)}\n".encode("utf-8", "surrogatepass")
 
 
-def control(name: str) -> Control | None:
-    """What a control file of this name asks for, None if it is no such name.
-
-    Raises Refused for a name that ends in a verb but has no target for it: it is
-    more likely a slip than a task.
-    """
-    stem, _, ending = name.rpartition(".")
-    if name in ("all.drain", "all.compact"):
-        raise Refused(f"{name}: this version of codexd does not have it")
-    if not stem or ending not in list(Verb):
-        return None
-    verb = Verb(ending)
-    if verb is Verb.RESET:
-        return Control(verb, _session(stem))
-    everyone = verb in (Verb.HOLD, Verb.RELEASE)
-    if is_id(stem) or (everyone and stem == ALL):
-        return Control(verb, stem)
-    named = f"ID.{verb} or {ALL}.{verb}" if everyone else f"ID.{verb}"
-    raise Refused(f"{shown(name)} ends like a control file ({named}); rename it to end otherwise")
-
-
-def _session(stem: str) -> str:
-    try:
-        session = unquote(stem, errors="strict")
-    except UnicodeDecodeError as err:
-        raise Refused(f"{shown(stem)} is not percent-encoded UTF-8") from err
-    if broken := _BROKEN_PERCENT.search(stem):
-        found = shown(stem[broken.start() : broken.start() + 3])
-        raise Refused(f"{shown(stem)}: {found} is no percent-encoding; write % as %25")
-    if _LABEL.read(Scalar(session, Form.TEXT)) is None:
-        raise Refused(f"{shown(session)} is no session's name; allowed: {_LABEL.allowed}")
-    return session
-
-
 def _text(data: bytes, max_bytes: int) -> str:
     if len(data) > max_bytes:
         raise Refused(f"larger than {max_bytes} bytes, the limit for a task file (limits.file)")
@@ -228,15 +188,18 @@ def _line_at(data: bytes, index: int) -> int:
     return data.count(b"\n", 0, index) + 1
 
 
-def _parse(ending: str, text: str) -> Request:
+def _document(name: str, data: bytes, max_bytes: int) -> tuple[Document, str | None]:
+    """The keys and what is below them; None where the prompt is a key.  Raises DocumentError."""
+    _, dot, ending = name.rpartition(".")
+    ending, text = ending.lower() if dot else "", _text(data, max_bytes)
     if ending == "json":
-        return _request(parse_json(text), None)
+        return parse_json(text), None
     if ending in ("yaml", "yml"):
-        return _request(parse_yaml(text), None)
+        return parse_yaml(text), None
     if ending in _MARKDOWN and (opening := _FENCE.match(text)):
         matter, body = _split(text, opening.end())
-        return _request(parse_yaml(matter, first_line=2), body)
-    return _request(Document({}), text)
+        return parse_yaml(matter, first_line=2), body
+    return Document({}), text
 
 
 def _split(text: str, opened: int) -> tuple[str, str]:
@@ -256,7 +219,7 @@ def _request(document: Document, body: str | None) -> Request:
     found = _fields(document, body is not None)
     return Request(
         prompt=_prompt(found, body),
-        session=found.value("session", None, _LABEL),
+        session=found.value("session", None, LABEL),
         workdir=found.value("workdir", None, PATH),
         model=found.value("model", None, NAME),
         profile=found.value("profile", None, NAME),
@@ -265,15 +228,30 @@ def _request(document: Document, body: str | None) -> Request:
         timeout=found.value("timeout", None, TIMEOUT),
         idle_timeout=found.value("idle_timeout", None, TIMEOUT),
         priority=found.value("priority", 5, _PRIORITY),
+        after=found.values("after", (), LABEL, MAX_AFTER),
+        not_before=found.value("not_before", None, NOT_BEFORE),
         attempts=found.value("attempts", None, ATTEMPTS),
-        key=found.value("key", None, _LABEL),
-        title=found.value("title", None, _LABEL),
+        key=found.value("key", None, LABEL),
+        title=found.value("title", None, LABEL),
         images=found.values("images", (), PATH, 20),
         add_dirs=found.values("add_dirs", (), PATH, 20),
         output_schema=found.value("output_schema", None, PATH),
         memory=found.value("memory", True, BOOLEAN),
+        verify=_verify(document),
         limits=_limits(document),
     )
+
+
+def _verify(document: Document) -> dict[str, object] | None:
+    """The mapping `verify`, with its defaults; None if there is none."""
+    found = Fields(document, ["command", "rounds"], "verify")
+    command = found.value("command", None, _COMMAND)
+    rounds = found.value("rounds", None, _ROUNDS)
+    if command is None:
+        if rounds is not None:
+            raise found.error("command", "missing", _COMMAND.allowed)
+        return None
+    return {"command": command, "rounds": rounds or ROUNDS}
 
 
 def _limits(document: Document) -> dict[str, int] | None:
@@ -285,9 +263,6 @@ def _limits(document: Document) -> dict[str, int] | None:
 
 def _fields(document: Document, with_body: bool) -> Fields:
     for key in document.values:
-        if key in LATER:
-            reason = f"{key}: this version of codexd does not have this key"
-            raise DocumentError(reason, document.line((key,)))
         if key == "prompt" and with_body:
             reason = "prompt: not in front matter; the text below it is the prompt"
             raise DocumentError(reason, document.line((key,)))

@@ -20,6 +20,7 @@ from codexd.layout import Stand
 from codexd.submit import Trouble
 from codexd.view import View
 
+_CGROUPS = Path("/sys/fs/cgroup")
 _LINGER = Path("/var/lib/systemd/linger")
 _POLKIT = ("/usr/lib/polkit-1/polkitd", "/usr/libexec/polkitd", "/usr/lib/polkitd")
 
@@ -215,6 +216,33 @@ def _caller(group: grp.struct_group) -> Findings:
         yield warn(what, f"usermod -aG codexd {name}, as root")
 
 
+def cgroup(host: Host) -> Findings:
+    """Whether the limits of tasks are enforced."""
+    if not host.units:
+        return
+    place = _CGROUPS
+    if not host.dirs.systemwide:
+        uid = os.geteuid()
+        place /= f"user.slice/user-{uid}.slice/user@{uid}.service"
+    unified = (_CGROUPS / "cgroup.controllers").exists()
+    if unified:
+        listed = place / "cgroup.controllers"
+        has = set(listed.read_text().split()) if listed.exists() else set()
+    else:
+        has = {n for n in ("memory", "cpu", "pids") if (_CGROUPS / n).exists()}
+        has = has if host.dirs.systemwide else set()  # v1 gives users no controllers
+    lacks = sorted({"memory", "cpu", "pids"} - has)
+    name = "cgroup v2" if unified else "cgroup v1"
+    if lacks:
+        what = f"{name} without {', '.join(lacks)} here: such limits of tasks are not enforced"
+        mend = "boot with systemd.unified_cgroup_hierarchy=1"
+        if unified and not host.dirs.systemwide:
+            mend = "systemctl edit user@.service: [Service] Delegate=cpu memory pids"
+        yield warn(what, mend)
+    else:
+        yield ok(f"{name}: limits of tasks are enforced")
+
+
 # --- the master ---------------------------------------------------------------------------
 
 
@@ -243,13 +271,12 @@ def master(host: Host) -> Findings:
 
 
 def sandbox(host: Host) -> Findings:
-    """What the master found of Codex's sandbox in the unit of a worker."""
+    """What a worker found of Codex's sandbox, when the master had it tried."""
     _, told = View(host.dirs).health()
     if "sandbox" not in told or told["status"] == "down":
         return
     found = told["sandbox"]
-    if found in (None, True, "ok", "works"):
-        yield ok("Codex's sandbox works in the unit of a worker, says the master")
+    if found is None:
+        yield ok("Codex's sandbox works for workers, says the master")
     else:
-        what = f"Codex's sandbox does not work in the unit of a worker: {found}"
-        yield fail(what, "see SECURITY in codexd(7)")
+        yield fail(f"Codex's sandbox does not work for workers: {found}", "codexd status")

@@ -38,6 +38,7 @@ BATCH = 16  # units a call: a hundred starts in one transaction take a second
 BELL = ".bell"
 _UNIT = re.compile(rf"codexd-worker@({ID_PATTERN})\.service", re.ASCII)
 _GONE = frozenset({"inactive", "failed"})
+_LIST = ("list-units", "--all", "--output=json", "codexd-worker@*.service")
 
 
 class UnitsMissing(Exception):
@@ -64,8 +65,7 @@ class Units:
     def __init__(self, dirs: Directories, listen: Callable[[int], None]) -> None:
         """`listen` is told a descriptor that is readable when the bell rang."""
         self._exits, self._limits = dirs.exits, dirs.limits
-        self._systemctl = ["systemctl", "--no-ask-password", "--no-pager"]
-        self._systemctl += ["--system"] if dirs.systemwide else ["--user"]
+        self._systemctl = _systemctl(dirs)
         self._calls: list[_Call] = []
         self._alive: dict[str, float] = {}  # id -> since when we take it to be there
         self._over: set[str] = set()  # of which systemd said that they are gone
@@ -123,9 +123,8 @@ class Units:
 
     def _ask(self) -> None:
         """Which workers are there?"""
-        command = [*self._systemctl, "list-units", "--all", "--output=json"]
         process = subprocess.Popen(
-            [*command, "codexd-worker@*.service"],
+            [*self._systemctl, *_LIST],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -244,6 +243,28 @@ class Units:
         # Their end is a SIGCHLD; this is for those that do not end.
         waits = [max(0.05, call.began + DEADLINE - now) for call in self._calls]
         return min([*waits, self._rest])
+
+
+def still_there(dirs: Directories) -> set[str]:
+    """Workers that are units, of a daemon that ran before in this boot.
+
+    Raises OSError where there may be some, and systemd does not say.
+    """
+    if not (dirs.exits / BELL).exists():
+        return set()
+    try:
+        told = subprocess.run(
+            [*_systemctl(dirs), *_LIST], capture_output=True, timeout=DEADLINE, check=True
+        )
+    except (subprocess.SubprocessError, FileNotFoundError) as error:
+        what = f"workers may still run as units, and systemd does not say: {error}"
+        raise OSError(errno.ETIMEDOUT, what) from error
+    return _there(told.stdout)
+
+
+def _systemctl(dirs: Directories) -> list[str]:
+    manager = "--system" if dirs.systemwide else "--user"
+    return ["systemctl", manager, "--no-ask-password", "--no-pager"]
 
 
 def unit(id: str) -> str:

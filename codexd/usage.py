@@ -25,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
     _ask(_verb(verbs, "ask", "ask", "submit a task, wait, and print its answer", "json"))
     _task(_verb(verbs, "task", None, "tasks").add_subparsers(required=True, metavar="VERB"))
     _verb(verbs, "hold", "gate", "start no more tasks")
+    drained = _verb(verbs, "drain", "drain", "start no more tasks; what runs goes on", "timeout")
+    drained.add_argument("--wait", action="store_true", help="until none runs")
     _verb(verbs, "release", "gate", "start tasks again, and try now what was put off")
     _session(
         _verb(verbs, "session", None, "sessions").add_subparsers(required=True, metavar="VERB")
@@ -35,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     used.add_argument("--by", choices=("day", "session", "model"), default="day", metavar="WHAT")
     swept = _verb(verbs, "gc", "gc", "remove what is older than the configuration keeps", "json")
     swept.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
+    _ledger(_verb(verbs, "ledger", None, "the ledger").add_subparsers(required=True, metavar="VERB"))
     _verb(verbs, "doctor", "doctor", "is this host ready? what mends it if not", "json")
     for name, what in (
         ("install", "lay down units for this installation"),
@@ -112,6 +115,18 @@ def _session(verbs: Verbs[argparse.ArgumentParser]) -> None:
     one.add_argument("name", metavar="NAME")
     one = _verb(verbs, "reset", "session_reset", "forget the thread: the next task begins one")
     one.add_argument("name", metavar="NAME")
+
+
+def _ledger(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    one = _verb(verbs, "verify", "ledger", "is every line of it sound?", "json")
+    one.set_defaults(ledger="verify")
+    one.add_argument("file", nargs="?", metavar="FILE", help="only this file")
+    _verb(verbs, "compact", "ledger", "begin it anew; the old one is kept").set_defaults(
+        ledger="compact"
+    )
+    one = _verb(verbs, "export", "ledger", "print every event, the oldest first", "json")
+    one.set_defaults(ledger="export")
+    one.add_argument("--format", choices=("json", "csv"), default="json", metavar="FORMAT")
 
 
 def _install(found: argparse.ArgumentParser) -> None:

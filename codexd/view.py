@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from codexd import durable, heartbeat, lock, place, session, spend, spool, taskfile
 from codexd.config import Directories
@@ -55,7 +55,7 @@ class View:
         for _ in range(2):
             self.refresh()
             live = self._follower.book.tasks.get(id)
-            found = to_json(live, None, None) if live else self._ended(id)
+            found = self._told(live) if live else self._ended(id)
             found = found or self._waiting(id)
             if found:
                 return found
@@ -96,6 +96,11 @@ class View:
             return to_json(task, None, None)
         return to_json(Task(id), None, None) if spool.in_inbox(self.dirs, id) else None
 
+    def _told(self, live: Task) -> Json:
+        """A live task; of those that it follows, the ones that have not ended."""
+        after = tuple(id for id in live.after if id in self._follower.book.tasks)
+        return to_json(replace(live, after=after) if after else live, None, None)
+
     def live(self) -> list[Task]:
         """Tasks that have not ended, in ledger order."""
         return list(self._follower.book.tasks.values())
@@ -105,7 +110,7 @@ class View:
         arriving = self._arriving()  # first: what is taken meanwhile is then among the live
         self.refresh()
         ended = (self._ended(id) for id in list(self._follower.book.recent))
-        told = [*(e for e in ended if e), *(to_json(t, None, None) for t in self.live())]
+        told = [*(e for e in ended if e), *(self._told(t) for t in self.live())]
         known = {t["id"] for t in told}
         told += [t for t in arriving if t["id"] not in known]
         return [_without_answer(t) for t in told if _matches(t, state, session)]
@@ -140,7 +145,7 @@ class View:
         archived = state not in [s for s in State if not s.ended]
         for id in self._ids(cursor, archived):
             live = self._follower.book.tasks.get(id)
-            task = to_json(live, None, None) if live else self._ended(id)
+            task = self._told(live) if live else self._ended(id)
             if task and _matches(task, state, session):
                 found.append(_without_answer(task))
             if len(found) == limit or time.monotonic() >= until:

@@ -59,7 +59,7 @@ def installed_files() -> dict[str, str]:
 
 def scripts() -> dict[str, str]:
     """The programs of /usr/lib/codexd, for the Python of the box."""
-    names = ("codexd-exit", "codexd-limits", "codexd-schedule")
+    names = ("codexd-exit", "codexd-hook", "codexd-limits", "codexd-schedule")
     found = {f"/usr/lib/codexd/{name}": (UNITS / name).read_text() for name in names}
     return {path: text.replace("#!/usr/bin/python3", f"#!{PYTHON}") for path, text in found.items()}
 

@@ -10,8 +10,8 @@ from codexd.model import Kind, Note
 PACKAGE = Path(__file__).resolve().parent.parent / "codexd"
 # The names under which the master lends its log, each for one level.
 LENT = ("error", "warn", "note", "told")
-# Ledger events that the gate logs by a name of its own.
-_OTHERWISE = {Note.CLOSED, Note.OPENED}
+# Ledger events that are logged by a name of their own.
+_OTHERWISE = {Note.CLOSED, Note.OPENED, Note.ROTATED}
 
 
 def called(*names: str) -> set[str]:
@@ -26,7 +26,7 @@ def called(*names: str) -> set[str]:
 
 def _event(call: ast.Call) -> str | None:
     """What `x.log(LEVEL, "event", …)` or `x.warn("event", …)` logs; None for other calls."""
-    name = getattr(call.func, "attr", "")
+    name = getattr(call.func, "attr", "") or getattr(call.func, "id", "")
     arguments = 2 if name == "log" else 1 if name in LENT else 0
     last = call.args[-1] if call.args and len(call.args) == arguments else None
     value = last.value if isinstance(last, ast.Constant) else None

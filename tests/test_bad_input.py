@@ -42,8 +42,12 @@ limits:
 http:
   listen: off
 """
-USED = "20260102t030405-used000000"
+USED = "20990102t030405-used000000"
 NOBODY = "20260102t030405-nobody0000"
+AGAIN = (
+    f"the id {USED} is used already, or so old that it may have been (retention.archive); "
+    "drop it under another name"
+)
 
 needs_mount = pytest.mark.skipif(not ROOT, reason="needs root, to mount a file system")
 
@@ -107,6 +111,7 @@ KEYS = (
     "attempts, key, title, images, add_dirs, output_schema, memory"
 )
 LINE = "allowed: 1 to 200 printable characters on one line"
+WHEN = "a time such as 2026-11-24T02:00 or 2026-11-24T02:00:00Z, or a delay of 1s to 366d"
 LATER = "this version of codexd does not have this key"
 PLAIN = "aliases, anchors and tags are not allowed; quote *, & or !"
 BELOW = "is not below a configured root (ROOT/work); see workdirs in ROOT/codexd.yaml"
@@ -231,11 +236,21 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "outside.md": (front("workdir: /etc"), f"workdir /etc {BELOW}"),
     "dots.md": (front("workdir: a/../../.."), f"workdir ABOVE {BELOW}"),
     "escape.md": (front('workdir: "/\\e]0;you\\a"'), f"workdir /\\x1b]0;you\\x07 {BELOW}"),
-    # keys of a later version
-    "after.md": (front("after: 1.md"), f"line 2: after: {LATER}"),
-    "not_before.json": ('{"prompt": "x", "not_before": "9am"}', f"line 1: not_before: {LATER}"),
-    "verify.md": (front("verify:\n  command: make test"), f"line 2: verify: {LATER}"),
-    "limits.yaml": ("prompt: x\nlimits: {memory: 1G}\n", "limits: only where workers are systemd units"),
+    "after.md": (
+        front("after: [1.md]"),
+        "after: there is no task with the id or key '1.md', and none in the inbox that could be "
+        "taken before this one",
+    ),
+    "not_before.json": (
+        '{"prompt": "x", "not_before": "9am"}',
+        f"line 1: not_before: found '9am'; allowed: {WHEN}",
+    ),
+    "verify.md": (
+        front("verify:\n  rounds: 2"),
+        "line 3: verify.command: missing; allowed: 1 to 1000 printable characters on one line",
+    ),
+    "limits.yaml": ("prompt: x\nlimits: {memory: 1G}\n", "limits: only where workers are systemd units can a task have limits of its own; "
+        "leave them out, or start codexd as a service"),
     # names of sessions
     "blank-name.md": (front('session: " "'), f"line 2: session: found ' '; {LINE}"),
     "break.md": (front('session: "a\\nb"'), f"line 2: session: found 'a\\nb'; {LINE}"),
@@ -250,8 +265,8 @@ FILES: dict[str, tuple[str | bytes, str]] = {
         "line 1: a text holds half a character (a lone surrogate)",
     ),
     # names of files
-    f"{USED}.md": ("x", f"the id {USED} is used already; drop it under another name"),
-    f"{USED}.json": ("{}", f"the id {USED} is used already; drop it under another name"),
+    f"{USED}.md": ("x", AGAIN),
+    f"{USED}.json": ("{}", AGAIN),
     "new\nline.md": ("\0", "line 1: a NUL byte; a task file is UTF-8 text"),
     "\x1b[31mred.md": ("\0", "line 1: a NUL byte; a task file is UTF-8 text"),
     "caf\udce9.md": ("\0", "line 1: a NUL byte; a task file is UTF-8 text"),
@@ -272,7 +287,6 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "all.cancel": (
         "", "'all.cancel' ends like a control file (ID.cancel); rename it to end otherwise",
     ),
-    "all.drain": ("", "all.drain: this version of codexd does not have it"),
     "all.compact": ("", "all.compact: this version of codexd does not have it"),
     "nobody.reset": ("", "there is no session nobody to reset"),
     "a%zz.reset": ("", "'a%zz': '%zz' is no percent-encoding; write % as %25"),

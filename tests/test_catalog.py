@@ -17,7 +17,9 @@ from tests.box.host import require
 CATALOG = Path(__file__).resolve().parent.parent / "systemd" / "codexd.catalog"
 ID = "20261123t072011-k3f9qa7x2m"
 # Events that are always logged with a task, whose texts may name it.
-OF_A_TASK = {e for e in messages.IDS if e.startswith("task.")} | {"worker.refused"}
+OF_A_TASK = {e for e in messages.IDS if e.startswith("task.")} | {
+    "worker.refused", "attempt.begun", "attempt.ended",
+}  # fmt: skip
 
 
 def entries() -> dict[str, tuple[str, dict[str, str], str]]:

@@ -258,7 +258,7 @@ PATH = "a path: absolute, relative or ~/..., at most 4096 bytes"
         ("workers: four", f":1: workers: found 'four'; allowed: {WHOLE} 1 to 64"),
         ("workers:", f":1: workers: found no value; allowed: {WHOLE} 1 to 64"),
         ("workers: [4]", f":1: workers: found a list; allowed: {WHOLE} 1 to 64"),
-        ("launcher: docker", ":1: launcher: found 'docker'; allowed: auto, process"),
+        ("launcher: docker", ":1: launcher: found 'docker'; allowed: auto, systemd, process"),
         (
             "timeout: 12:30:45",
             f":1: timeout: found '12:30:45'; allowed: a duration from 1s to 24h, {DURATION}",
@@ -359,8 +359,10 @@ def test_below_a_root() -> None:
         "codex_home": "/srv/c/codex",
         "http_socket": "/srv/c/run/http.sock",
         "exits": "/srv/c/run/exits",
+        "limits": "/srv/c/run/limits",
         "heartbeat": "/srv/c/run/heartbeat",
         "rooted": "True",
+        "systemwide": "False",
     }
 
 

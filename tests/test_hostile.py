@@ -47,7 +47,8 @@ done
 for verb in stop start kill restart; do
     systemctl --no-ask-password $verb "$1" >/dev/null 2>&1 && echo "did $verb"
 done
-curl -s --unix-socket /run/codexd/http.sock http://localhost/health | grep -q status && echo "spoke to http"
+curl -s --unix-socket /run/codexd/http.sock http://localhost/health | grep -q status &&
+    echo "spoke to http"
 ps -e -o args | grep -q '[c]odexd-master' && echo "saw the master"
 echo the script ends
 """
@@ -77,11 +78,12 @@ def looked(one: Installed, name: str, front: str) -> str:
     beside = one.task("beside")
     assert beside
     before = one.invocations([beside["id"]])
-    one.drop(f"---\n{front}\n---\n[[shell bash look.sh {unit(beside['id'])}]]\n[[say looked]]", f"{name}.md")
+    look = f"[[shell bash look.sh {unit(beside['id'])}]]\n[[say looked]]"
+    one.drop(f"---\n{front}\n---\n{look}", f"{name}.md")
     assert one.ended(name, 120)["state"] == "done"
     assert one.invocations([beside["id"]]) == before, "the other worker runs on"
-    outputs = [out for turn in one.asked() for out in turn["outputs"] if "script begins" in str(out)]
-    told = json.dumps(outputs[-1])
+    outputs = [json.dumps(out) for turn in one.asked() for out in turn["outputs"]]
+    told = [out for out in outputs if "script begins" in out][-1]
     assert "the script ends" in told, "it came to its end"
     return told
 
@@ -97,14 +99,16 @@ def test_a_turn_in_the_sandbox_finds_and_does_nothing(codexd: Installed, sandbox
 
 
 def test_without_a_sandbox_the_unit_still_holds(codexd: Installed) -> None:
-    """danger-full-access: the key is within reach, as the manual says; others' work is not."""
+    """The key is within reach then, as the manual says; others' work is not."""
     codexd.configure(codexd.config + "  sandbox: danger-full-access\n")
     codexd.box.run("systemctl", "restart", "codexd")
     told = looked(codexd, "danger", "sandbox: danger-full-access")
     assert "wrote to work-file" in told
-    for line in ("found TOKEN", "did ", "spoke to", "saw ", f"wrote to {SPOOL}", f"wrote to {STATE}/tasks",
-                 "wrote to /etc", "wrote to /run/systemd", "wrote to /usr",
-                 f"found WORDS in {SPOOL}", f"found WORDS in {STATE}/tasks"):  # fmt: skip
+    for line in (
+        "found TOKEN", "did ", "spoke to", "saw ", f"wrote to {SPOOL}", f"wrote to {STATE}/tasks",
+        "wrote to /etc", "wrote to /run/systemd", "wrote to /usr",
+        f"found WORDS in {SPOOL}", f"found WORDS in {STATE}/tasks",
+    ):  # fmt: skip
         assert line not in told, told
 
 

@@ -21,9 +21,10 @@ from codexd.config import Config, Directories
 from codexd.layout import Stand
 from tests.box import BIN, Box
 from tests.box.host import require
-from tests.installed import CODEX, KEY, UNITS
+from tests.installed import CODEX, KEY, UNITS, Installed
 
 ROOT = Path(__file__).resolve().parent.parent
+box_tests = pytest.mark.xdist_group("box")
 NAMES = ("codexd", "codexd-master", "codexd-worker", "codexd-http")
 
 
@@ -287,9 +288,35 @@ def test_a_seal_holds_until_something_changes(text: str) -> None:
     assert layout.stand(whole, layout.sealed(text + "# newer\n")) is Stand.OLD
 
 
-# --- for real -----------------------------------------------------------------------------
+@box_tests
+def test_a_task_works_where_the_drop_in_lets_it() -> None:
+    """In a home, which the unit hides, with notes in another; beside it nothing is seen."""
+    require("hybrid")
+    with Box("hybrid") as box:
+        codexd = Installed(box)
+        box.run("mkdir", "-p", "/home/alice/repo", "/home/alice/private", "/srv/repo")
+        box.run("chown", "codexd:", "/home/alice/repo", "/srv/repo")
+        box.push({"/home/mallory/notes/a.md": "The zebra is striped.\n"})
+        box.run("chmod", "755", "/home/alice")
+        codexd.configure(
+            f"codex: {{bin: {CODEX}}}\nworkdirs: [work, /home/alice/repo, /srv/repo]\n"
+            "memory: {paths: [/home/mallory/notes]}\n"
+        )
+        wrote = box.run(f"{BIN}/codexd", "install").stdout
+        assert "wrote     /etc/systemd/system/codexd-worker@.service.d/50-codexd.conf\n" in wrote
+        box.run("systemctl", "start", "codexd")
+        for place in ("/home/alice/repo", "/srv/repo"):
+            name = place.replace("/", "-").strip("-")
+            look = "touch here; ls /home/alice > seen; ls -A /home/mallory >> seen"
+            asked = f"Is the zebra striped?\n[[shell {look}]][[say zebra]]\n"
+            codexd.drop(f"---\nworkdir: {place}\n---\n{asked}", f"{name}.md")
+            assert codexd.ended(name)["state"] == "done"
+            assert box.run("ls", place).stdout == "here\nseen\n"
+            assert box.pull(f"{place}/seen") == b"repo\nnotes\n"
+        assert all("The zebra is striped." in str(asked["prompt"]) for asked in codexd.asked())
 
-box_tests = pytest.mark.xdist_group("box")
+
+# --- for real -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -361,8 +388,19 @@ def test_beside_a_package_only_what_the_configuration_asks_for(box: Box) -> None
 
 
 @box_tests
-def test_programs_that_user_codexd_could_not_run(box: Box) -> None:
+def test_a_user_without_a_systemd_that_runs(box: Box) -> None:
     box.run("rm", "-f", "/lib/systemd/system/codexd.service")
+    box.run("useradd", "--create-home", "carol")
+    done = box.run(f"{BIN}/codexd", "install", "--user", user="carol")
+    assert "failed    systemctl --user daemon-reload: " in done.stdout
+    unit = "/home/carol/.local/share/systemd/user/codexd.service"
+    assert box.run("stat", "--format=%U %a", unit).stdout == "carol 644\n"
+    refused = box.run(f"{BIN}/codexd", "install", "--user", check=False)
+    assert (refused.returncode, "for other users than root" in refused.stderr) == (2, True)
+
+
+@box_tests
+def test_programs_that_user_codexd_could_not_run(box: Box) -> None:
     box.run("cp", "-r", BIN.removesuffix("/bin"), "/root/venv")
     box.run("sh", "-c", f"sed -i 's|#!{BIN}|#!/root/venv/bin|' /root/venv/bin/codexd*")
     done = box.run("/root/venv/bin/codexd", "install", check=False)

@@ -14,25 +14,29 @@ PACKAGE = Path(__file__).resolve().parent.parent / "codexd"
 LAYERS = [
     "outcome",
     "model clock messages",
-    "dispatch policy prompt line relevance command",
+    "dispatch policy prompt line relevance command delivery",
     "durable directories document lock events notes settled journal cgroup",
     "config canary rollout quota verdict replies book heartbeat exits service",
+    "when rotate",
     "codex taskfile memory take processes units dropin",
-    "spool place profile ledger session spend transcript turn scripted program layout",
-    "view gate finish retention framing metrics openapi sockets launcher checks",
-    "report control intake orders sweep routes usage",
+    "controlfile spool place profile ledger session spend transcript turn scripted program layout hook",
+    "evidence start verify",
+    "rounds",
+    "parents view gate finish retention framing metrics openapi sockets launcher checks errands",
+    "audit report control intake waits orders sweep routes usage hooks",
     "attempts probe tidy reload",
     "worker master api submit schedule",
-    "http install",
+    "http install ledgerverbs",
     "serve unitchecks",
     "doctor",
     "cli",
     "selftest",
 ]
 ORDER = {name: n for n, line in enumerate(LAYERS) for name in line.split()}
-PURE = ["outcome", "model", "dispatch", "policy", "prompt", "messages"]
+PURE = ["outcome", "model", "dispatch", "policy", "prompt", "messages", "delivery"]
 LEAN = ["outcome", "clock", "prompt", "durable", "lock", "events", "verdict", "quota", "codex",
-        "rollout", "memory", "relevance", "notes", "turn", "worker", "canary",
+        "rollout", "memory", "relevance", "notes", "turn", "worker", "canary", "child", "rounds",
+        "start", "verify", "command",
         "cgroup", "journal", "messages"]  # fmt: skip
 # One home for each third-party package.
 HOMES = {"yaml": "document", "watchdog": "spool", "sdnotify": "service"}
@@ -48,6 +52,7 @@ SPEAKERS = {
     "report",
     "selftest",
     "install",
+    "ledgerverbs",
     "doctor",
     "scripted",
 }

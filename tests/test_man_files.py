@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from codexd import config, program, taskfile
+from codexd import config, controlfile, program, taskfile
 from codexd.model import Resume, Sandbox
 from tests import mdoc
 from tests.daemon import Daemon
@@ -108,19 +108,19 @@ def test_ignored_names() -> None:
 
 def test_control_files() -> None:
     names = named(part(mdoc.lines(TASK), "Sh", "CONTROL FILES"), "Pa")
-    found = [taskfile.control(re.sub("^(ID|NAME)", ID, name)) for name in names]
+    found = [controlfile.control(re.sub("^(ID|NAME)", ID, name)) for name in names]
     assert all(found)
-    assert {c.verb for c in found if c} == set(taskfile.Verb)
-    everywhere = {v for v in taskfile.Verb if _means_all(v)}
-    assert {c.verb for c in found if c and c.target == taskfile.ALL} == everywhere
+    assert {c.verb for c in found if c} == set(controlfile.Verb)
+    everywhere = {v for v in controlfile.Verb if _means_all(v)}
+    assert {c.verb for c in found if c and c.target == controlfile.ALL} == everywhere
 
 
-def _means_all(verb: taskfile.Verb) -> bool:
+def _means_all(verb: controlfile.Verb) -> bool:
     try:
-        found = taskfile.control(f"all.{verb}")
+        found = controlfile.control(f"all.{verb}")
     except taskfile.Refused:
         return False
-    return found is not None and verb is not taskfile.Verb.RESET  # a session may be named so
+    return found is not None and verb is not controlfile.Verb.RESET  # a session may be named so
 
 
 # --- what lies on the disk -----------------------------------------------------------

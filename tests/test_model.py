@@ -257,7 +257,7 @@ def test_a_request_survives_its_file(request: Request) -> None:
 
 def test_a_newer_version_s_request_can_be_read() -> None:
     old = Request("p", images=("a.png",))
-    assert Request.from_json({**old.to_json(), "after": ["x"], "verify": {}}) == old
+    assert Request.from_json({**old.to_json(), "later": ["x"], "latest": {}}) == old
     assert Request.from_json({"prompt": "p"}) == Request("p")
 
 

@@ -200,7 +200,7 @@ def test_interrupted_again_and_again_a_task_has_failed(daemon: Daemon, model: Ca
 
 def test_a_host_that_cannot_start_workers_gets_time(daemon: Daemon, model: CaseModel) -> None:
     """The lock of the worker cannot be made, as when a process or a file too many is asked for."""
-    id = "20260101t000000-refused000"
+    id = "20990101t000000-refused000"
     in_the_way = daemon.dirs.run / "workers" / f"{id}.lock"
     in_the_way.mkdir()
     daemon.drop(f"{id}.md", "[[say started at last]]")
@@ -282,8 +282,8 @@ def test_every_moment_of_a_crash(daemon: Daemon, model: CaseModel) -> None:
     disk, dirs = Disk(daemon), daemon.dirs
     # a name written down, the file not yet renamed; then renamed
     for id, name in (
-        ("20260101t000000-claimed000", "noted"),
-        ("20260101t000000-renamed000", "taken"),
+        ("20990101t000000-claimed000", "noted"),
+        ("20990101t000000-renamed000", "taken"),
     ):
         (dirs.tasks / id).mkdir()
         (dirs.tasks / id / "name").write_text(f"{name}.md")
@@ -404,18 +404,18 @@ def damage_the_rest(daemon: Daemon) -> None:
     dirs = daemon.dirs
     (dirs.tasks / "stray.txt").write_text("what is this?")
     (dirs.tasks / "strange" / "and" / "deep").mkdir(parents=True)
-    (dirs.tasks / "20260101t000000-nothing000").mkdir()
-    (dirs.tasks / "20260101t000000-foreign000" / "deep").mkdir(parents=True)
-    (dirs.tasks / "20260101t000000-fileonly00").write_text("a file")
-    for home in (dirs.tasks, dirs.archive / "2026-01"):
-        (home / "20260101t000000-twice00000").mkdir(parents=True)
-        (home / "20260101t000000-twice00000" / "status.json").write_text("{}")
+    (dirs.tasks / "20990101t000000-nothing000").mkdir()
+    (dirs.tasks / "20990101t000000-foreign000" / "deep").mkdir(parents=True)
+    (dirs.tasks / "20990101t000000-fileonly00").write_text("a file")
+    for home in (dirs.tasks, dirs.archive / "2099-01"):
+        (home / "20990101t000000-twice00000").mkdir(parents=True)
+        (home / "20990101t000000-twice00000" / "status.json").write_text("{}")
     dirs.checkpoint.write_bytes(b'{"format": 1, "offset": "nine"}')
     dirs.heartbeat.write_bytes(b"\xff" * 100_000)
     (dirs.run / "workers" / "junk.lock").write_text("junk")
     (dirs.archive / "junk").write_text("junk")
     (dirs.answers / ".half.123.tmp").write_text("half an answer")
-    (dirs.inbox / ".take-20260101t000000-unknown000").write_text("[[say a foundling]]")
+    (dirs.inbox / ".take-20990101t000000-unknown000").write_text("[[say a foundling]]")
     (dirs.inbox / ".take-junk").write_text("junk")
     with open(dirs.ledger, "ab") as ledger:
         ledger.write(b"- 2026-01-01T00:00:00.000Z `torn")
@@ -478,13 +478,13 @@ def test_damage_of_every_kind_harms_only_what_it_touches(
         assert (front["thread"] == old[name]["thread"]) == (name != "json")
     assert (dirs.sessions / "json.damaged").exists()
     # a file that says it was taken is looked at as if it had just been dropped
-    assert (dirs.answers / "20260101t000000-unknown000.md").exists()
+    assert (dirs.answers / "20990101t000000-unknown000.md").exists()
     # the log tells of each
     assert log.count("ledger.damaged") == 3, log
     assert re.search(rf"task\.unknown task={ids['unknown']}", log)
     assert re.search(r"not\.ours path=\S*/stray\.txt", log)
     assert re.search(r"not\.ours path=\S*/strange", log)
-    assert re.search(r"not\.tidied path=\S*-twice00000 why=.*not empty", log)
+    assert re.search(r"not\.tidied task=\S+ path=\S*-twice00000 why=.*not empty", log)
     assert "ledger.torn" in log
     assert "session.damaged" in daemon.log.read_text()
     assert (dirs.tasks / "stray.txt").exists()

@@ -46,7 +46,9 @@ def test_fifty_kills_of_the_master_do_not_touch_ten_tasks(box: Box) -> None:
     for _ in range(50):
         was = box.show("codexd", "MainPID")["MainPID"]
         box.run("kill", "-9", was)
-        until(lambda was=was: box.show("codexd", "MainPID")["MainPID"] not in ("0", was), "it is back")  # type: ignore[misc]
+        until(
+            lambda was=was: box.show("codexd", "MainPID")["MainPID"] not in ("0", was), "it is back"
+        )  # type: ignore[misc]
     assert one.invocations(ids.values()) == before
     for name in names:
         one.release(name)
@@ -107,6 +109,17 @@ def test_five_hundred_tasks_leave_nothing(box: Box) -> None:
 def files(box: Box) -> set[str]:
     """What should not grow with the tasks: temporary files, what runs, what waits."""
     places = ("/tmp", "/var/tmp", "/run", "/dev/shm", f"{STATE}/tasks", f"{SPOOL}/inbox")
-    found = box.run("find", *places, "-xdev", "-not", "-path", "/run/log/*", "-not", "-name", "invocation:polkit*", check=False).stdout
+    found = box.run(
+        "find",
+        *places,
+        "-xdev",
+        "-not",
+        "-path",
+        "/run/log/*",
+        "-not",
+        "-name",
+        "invocation:polkit*",
+        check=False,
+    ).stdout
     hidden = box.run("find", STATE, SPOOL, "-name", ".*").stdout
     return set(found.splitlines()) | set(hidden.splitlines())

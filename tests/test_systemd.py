@@ -36,7 +36,9 @@ def pid(one: Installed) -> int:
 
 
 def test_a_dropped_file_is_answered(codexd: Installed) -> None:
-    codexd.drop("---\ntitle: a greeting\n---\nhello\n[[shell echo in $PWD]]\n[[say to Alice]]", "one.md")
+    codexd.drop(
+        "---\ntitle: a greeting\n---\nhello\n[[shell echo in $PWD]]\n[[say to Alice]]", "one.md"
+    )
     task = codexd.ended("one")
     front, text = codexd.answer("one")
     assert (task["state"], text) == ("done", "to Alice\n")
@@ -75,7 +77,10 @@ def test_status_is_for_people(codexd: Installed) -> None:
     assert 'Status: "running: sleep 3141"' in shown
     shown = codexd.box.run(*look, "codexd").stdout
     assert 'Status: "1 running, 0 queued, 0 waiting"' in shown
-    assert json.loads(codexd.box.run(f"{BIN}/codexd", "--json", "status").stdout)["launcher"] == "systemd"
+    assert (
+        json.loads(codexd.box.run(f"{BIN}/codexd", "--json", "status").stdout)["launcher"]
+        == "systemd"
+    )
     codexd.box.run("systemctl", "stop", unit(id))
     codexd.ended("long")
 
@@ -154,6 +159,35 @@ def test_a_unit_that_cannot_be_set_up_is_named(codexd: Installed) -> None:
     assert "could not be set up" in task["message"]
 
 
+# --- a sandbox that does not work --------------------------------------------------------------
+
+
+def test_nothing_runs_without_a_sandbox(codexd: Installed) -> None:
+    """Such a turn would end well; so it is tried before, at the start and for each task."""
+    codexd.drop_in("codexd-worker@.service", "[Service]\nRestrictNamespaces=yes\n")
+    codexd.box.run("sh", "-c", f"rm -f {STATE}/codex/.codexd/*.json")
+    codexd.configure(codexd.config + "retry:\n  base: 1s\n  cap: 2s\n")
+    codexd.box.run("systemctl", "restart", "codexd")
+
+    def health() -> dict[str, object]:
+        return json.loads(codexd.box.run(f"{BIN}/codexd", "--json", "status", check=False).stdout)
+
+    closed = until(lambda: health()["sandbox"], "it is noticed before there is any task")
+    assert "No permissions to create" in str(closed), closed
+    assert health()["status"] == "host"
+    before = len(codexd.asked())
+    codexd.drop("[[say now it works]]", "unsafe.md")
+    until(lambda: (codexd.task("unsafe") or {}).get("state") == "queued", "it was tried")
+    assert len(codexd.asked()) == before, "the model was not asked"
+    codexd.drop_in("codexd-worker@.service", "")
+    ended = codexd.ended("unsafe")
+    assert ended["attempts"] == 1, codexd.story()
+    assert codexd.answer("unsafe")[1] == "now it works\n"
+    assert health()["status"] == "ok"
+    codexd.configure(codexd.config)
+    codexd.box.run("systemctl", "restart", "codexd")
+
+
 # --- what is asked for, and what was used ------------------------------------------------------
 
 
@@ -177,7 +211,8 @@ def test_limits_are_no_more_than_the_units(codexd: Installed) -> None:
         "codexd-worker@.service", "[Service]\nMemoryMax=1G\nCPUQuota=150%\nTasksMax=500\n"
     )
     codexd.drop(
-        "---\nlimits: {memory: 64G, cpu: 9000%, tasks: 100000}\n---\n[[shell sleep 1002]]", "large.md"
+        "---\nlimits: {memory: 64G, cpu: 9000%, tasks: 100000}\n---\n[[shell sleep 1002]]",
+        "large.md",
     )
     id = codexd.running("large")
     wanted = {"MemoryMax": str(1 << 30), "CPUQuotaPerSecUSec": "1.500000s", "TasksMax": "500"}
@@ -236,6 +271,20 @@ def test_workers_outlive_the_master(codexd: Installed) -> None:
         assert codexd.answer(name)[1] == f"of {name}\n"
         turns = [t for t in codexd.asked() if f"[[hold {name}]]" in t["prompt"]]
         assert len(turns) == 1, "none was run twice"
+
+
+def test_no_other_daemon_takes_over_what_units_do(codexd: Installed) -> None:
+    """`codexd serve` on the same state would not see them, and run their tasks again."""
+    codexd.drop("[[hold theirs]]\n[[say theirs]]", "theirs.md")
+    id = codexd.running("theirs")
+    codexd.box.run("systemctl", "stop", "codexd", "codexd-http.socket")
+    serve = codexd.box.run(f"{BIN}/codexd", "serve", user="codexd", check=False)
+    assert serve.returncode == 78
+    assert "1 workers still run as units" in serve.stderr
+    codexd.box.run("systemctl", "start", "codexd", "codexd-http.socket")
+    codexd.release("theirs")
+    assert codexd.ended("theirs")["attempts"] == 1
+    assert id in str(codexd.answer("theirs")[0]["id"])
 
 
 def test_the_configuration_is_read_again(codexd: Installed) -> None:

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codexd import taskfile
+from codexd.controlfile import Control, Verb, control
 from codexd.document import Document, Form, Scalar, parse_json
 from codexd.model import Request, Resume, Sandbox
-from codexd.taskfile import Control, Refused, Verb, control, dump, ignored, parse
+from codexd.taskfile import Refused, dump, ignored, parse
 
 ID = "20261123t072011-k3f9qa7x2m"
 EVERYTHING = """\
@@ -24,6 +25,8 @@ resume: never
 timeout: 30m
 idle_timeout: 90
 priority: 0
+after: [links-1, 20261123t072011-k3f9qa7x2m]
+not_before: 2026-11-24 02:00
 attempts: 20
 key: nightly/2026-11-23
 title: 'Links: the pricing page'
@@ -44,6 +47,8 @@ ASKED = Request(
     timeout=1800.0,
     idle_timeout=90.0,
     priority=0,
+    after=("links-1", ID),
+    not_before="2026-11-24 02:00",
     attempts=20,
     key="nightly/2026-11-23",
     title="Links: the pricing page",
@@ -77,6 +82,7 @@ def test_keys_are_the_fields_of_a_request() -> None:
             "t.json",
             '{"prompt": "Fix the links.", "session": "website", "workdir": "~/src/website",'
             '"model": "gpt-5.5", "profile": "fast", "sandbox": "read-only", "resume": "never",'
+            '"after": ["links-1", "20261123t072011-k3f9qa7x2m"], "not_before": "2026-11-24 02:00",'
             '"timeout": "30m", "idle_timeout": 90, "priority": 0, "attempts": 20,'
             '"key": "nightly/2026-11-23", "title": "Links: the pricing page",'
             '"images": ["a.png", "/tmp/b.png"], "add_dirs": ["../other docs"],'
@@ -165,7 +171,9 @@ def test_max_bytes() -> None:
 
 
 LINE = "1 to 200 printable characters on one line"
+WHEN = "a time such as 2026-11-24T02:00 or 2026-11-24T02:00:00Z, or a delay of 1s to 366d"
 NAME = "1 to 100 of A-Z a-z 0-9 . _ : / -, not beginning with -"
+COMMAND = "1 to 1000 printable characters on one line"
 PATH = "a path: absolute, relative or ~/..., at most 4096 bytes"
 TIME = "a duration from 1s to 24h, such as 90s, 30m or 2h"
 LONG = "x" * 57
@@ -211,10 +219,25 @@ RENAME = "rename it to end otherwise"
         ),
         ("add_dirs: [a, [b]]", f"add_dirs item 2: found a list; allowed: {PATH}"),
         ("add_dirs: [a, '']", f"add_dirs item 2: found ''; allowed: {PATH}"),
-        ("after: x", "after: this version of codexd does not have this key"),
-        ("not_before: 2026-11-23", "not_before: this version of codexd does not have this key"),
-        ("verify: {command: x}", "verify: this version of codexd does not have this key"),
-        ("limits: {memory: 1K}", "limits.memory: found '1K'; allowed: a size from 1M to 1048576G, such as 512K, 64M or 1G"),
+        ("after: x", "after: found 'x'; allowed: a list of at most 50, such as [a, b]"),
+        ("after: [a, '']", f"after item 2: found ''; allowed: {LINE}"),
+        ("not_before: 2026-11-23", f"not_before: found '2026-11-23'; allowed: {WHEN}"),
+        ("not_before: 2026-02-30T02:00", f"not_before: found '2026-02-30T02:00'; allowed: {WHEN}"),
+        ("not_before: 02:00", f"not_before: found '02:00'; allowed: {WHEN}"),
+        ("not_before: 367d", f"not_before: found '367d'; allowed: {WHEN}"),
+        ("not_before: tomorrow", f"not_before: found 'tomorrow'; allowed: {WHEN}"),
+        ("verify: make test", "verify: found 'make test'; allowed: a mapping of command, rounds"),
+        ("verify: {rounds: 2}", f"verify.command: missing; allowed: {COMMAND}"),
+        ("verify: {command: ''}", f"verify.command: found ''; allowed: {COMMAND}"),
+        (
+            "verify: {command: x, rounds: 11}",
+            "verify.rounds: found '11'; allowed: a whole number from 1 to 10",
+        ),
+        (
+            "limits: {memory: 1K}",
+            "limits.memory: found '1K'; "
+            "allowed: a size from 1M to 1048576G, such as 512K, 64M or 1G",
+        ),
         ("limits: {cpu: much}", "limits.cpu: found 'much'; allowed: from 1% to 100000% of one CPU"),
         ("limits: {disk: 1G}", "limits.disk: unknown key; allowed: memory, cpu, tasks"),
         ("limits: 1G", "limits: found '1G'; allowed: a mapping of memory, cpu, tasks"),
@@ -229,7 +252,7 @@ def test_values_that_are_refused(text: str, message: str) -> None:
 
 KEYS = (
     "session, workdir, model, profile, sandbox, resume, timeout, idle_timeout, priority, "
-    "attempts, key, title, images, add_dirs, output_schema, memory, limits"
+    "attempts, key, title, images, add_dirs, output_schema, memory, verify, limits"
 )
 
 
@@ -342,6 +365,8 @@ REQUESTS = st.builds(
     add_dirs=st.lists(PATHS, max_size=3).map(tuple),
     output_schema=st.none() | PATHS,
     memory=st.booleans(),
+    verify=st.none()
+    | st.fixed_dictionaries({"command": LINES, "rounds": st.integers(1, 10)}),
 )
 
 
@@ -429,6 +454,7 @@ def test_not_ignored(name: str) -> None:
         (f"{ID}.retry", Verb.RETRY, ID),
         ("all.hold", Verb.HOLD, "all"),
         ("all.release", Verb.RELEASE, "all"),
+        ("all.drain", Verb.DRAIN, "all"),
         ("website.reset", Verb.RESET, "website"),
         ("all.reset", Verb.RESET, "all"),
         ("a%2Fb.reset", Verb.RESET, "a/b"),
@@ -464,7 +490,6 @@ def test_other_names_are_no_control_files(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("all.drain", "all.drain: this version of codexd does not have it"),
         ("all.compact", "all.compact: this version of codexd does not have it"),
         ("all.cancel", f"'all.cancel' ends like a control file (ID.cancel); {RENAME}"),
         ("fix.hold", f"'fix.hold' ends like a control file (ID.hold or all.hold); {RENAME}"),

@@ -12,7 +12,9 @@ import pytest
 from tests.mdoc import MAN
 
 UNITS = Path(__file__).resolve().parent.parent / "systemd"
-FILES = sorted(p for p in UNITS.rglob("codexd*") if p.suffix[1:] in ("service", "socket", "slice", "timer"))
+FILES = sorted(
+    p for p in UNITS.rglob("codexd*") if p.suffix[1:] in ("service", "socket", "slice", "timer")
+)
 ID = "20260101t000000-aaaaaaaaaa"
 # What "systemd-analyze security" may say at most, in tenths; see the comments in the units.
 EXPOSURE = {"codexd.service": 5, "codexd-http.service": 5, "codexd-worker@.service": 22}
@@ -22,7 +24,8 @@ def analyze(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     if not shutil.which("systemd-analyze"):
         pytest.skip("systemd-analyze is not installed (Debian: systemd)")
     return subprocess.run(
-        ["systemd-analyze", *argv], cwd=cwd, capture_output=True, text=True, check=False, timeout=60,
+        ["systemd-analyze", *argv],
+        cwd=cwd, capture_output=True, text=True, check=False, timeout=60,
         env={"PATH": "/usr/bin:/bin", "XDG_RUNTIME_DIR": str(cwd), "HOME": str(cwd)},
     )  # fmt: skip
 
@@ -31,10 +34,10 @@ def analyze(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def copies(tmp_path: Path) -> Path:
     """The units beside each other, their programs replaced by some that are there."""
     for path in FILES:
-        text = re.sub(r"(?m)^(Exec\w+=[-+!@:]*)(/usr/bin/codexd\S*|/usr/lib/codexd/\S+|/etc/\S+|%E/\S+)",
-                      r"\1/bin/true", path.read_text())  # fmt: skip
-        if "OnCalendar=" not in text:  # the admin's to say
-            text = text.replace("[Timer]\n", "[Timer]\nOnCalendar=daily\n")
+        ours = r"(/usr/bin/codexd\S*|/usr/lib/codexd/\S+|/etc/\S+|%E/\S+)"
+        text = re.sub(rf"(?m)^(Exec\w+=[-+!@:]*){ours}", r"\1/bin/true", path.read_text())
+        if "\nOnCalendar=" not in text:  # the admin's to say
+            text = text.replace("\n[Timer]\n", "\n[Timer]\nOnCalendar=daily\n")
         (tmp_path / path.relative_to(UNITS)).parent.mkdir(exist_ok=True)
         (tmp_path / path.relative_to(UNITS)).write_text(text)
     return tmp_path

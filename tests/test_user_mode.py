@@ -225,11 +225,11 @@ def test_limits_of_a_task(mine: Mine) -> None:
     slow = f"{HOME}/.config/systemd/user/codexd-limits@.service.d/slow.conf"
     mine.box.push({slow: "[Service]\nExecStartPre=/bin/sleep 6\n"}, owner=ALICE)
     mine.systemctl("daemon-reload")
-    mine.drop("small", "---\nlimits: {memory: 300M, tasks: 100}\n---\n[[hold small]][[say ok]]\n")
+    mine.drop("small", "---\nlimits: {memory: 300M, tasks: 9999}\n---\n[[hold small]][[say ok]]\n")
     id = mine.until_state("small", "running")["id"]
     until(lambda: mine.shown(unit(id), "ActiveState") == "active", "its worker")
     assert mine.shown(unit(id), "MemoryMax") == str(300 << 20)
-    assert mine.shown(unit(id), "TasksMax") == "100"
+    assert mine.shown(unit(id), "TasksMax") == "4096"  # the unit's own: it is never more
     mine.release("small")
     task = mine.until_state("small", "done", "failed", "cancelled", "waiting")
     assert (task["state"], task["attempts"]) == ("done", 1)

@@ -24,7 +24,7 @@ FAKE = Path(__file__).parent / "bin" / "codex"
 IMPORTS = {
     "__future__", "_json", "codexd", "codexd.canary", "codexd.command", "codexd.durable",
     "codexd.prompt",
-    "codexd.worker",
+    "codexd.start", "codexd.worker",
     # os, and what it needs:
     "_collections_abc", "_stat", "genericpath", "os", "os.path", "posixpath", "stat",
 }  # fmt: skip

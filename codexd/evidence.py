@@ -1,0 +1,151 @@
+"""What an attempt left behind: the evidence of what it came to, checked.
+
+Part of the master.  Reads tasks/ID/N, the exit record of its unit, and nothing
+else.  An attempt without a result that had begun was killed with its worker: its
+events tell the thread, and whether the turn had ended before.  That is enough for
+a task without a check; with one, only a result can say that it passed.
+
+Raises OSError when the host refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from codexd import cgroup, codex, durable, exits, place
+from codexd.config import Config
+from codexd.exits import Ended
+from codexd.model import USAGE_KEYS, Task
+from codexd.outcome import Outcome
+
+_EVENTS_LIMIT = 512 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What an attempt left behind, checked."""
+
+    outcome: Outcome
+    message: str
+    thread: str | None = None
+    answer: str | None = None
+    began: bool = True  # passed the at-most-once point
+    ran: bool = True  # Codex ran
+    turned: bool = False  # a turn began: the model may have acted
+    gate: bool = False  # no other task could be run either
+    ended: bool = True  # by itself, or by the worker's own clocks
+    usage: Mapping[str, int] | None = None  # of the whole thread
+    model: str | None = None
+    cost: Mapping[str, float] | None = None
+    rounds: tuple[Mapping[str, object], ...] = ()  # those before the last, as `rounds` tells them
+    verified: int | None = None  # status of the check after the last turn
+
+
+class Evidence:
+    """Looks at what attempts left."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.dirs = config.dirs
+
+    def result(self, task: Task, ended: Ended | None = None) -> Result:
+        """What attempt N of a running task left, now that it is over.
+
+        `ended` is the exit record of its unit, if there is one: of a turn that was cut
+        short it alone tells by whom.
+        """
+        found = self._left(task)
+        if ended is None or found.ended or (found.began and ended.result == "vanished"):
+            return found
+        outcome, text = exits.outcome(ended, exits.boot())
+        cost = {**(found.cost or {}), **ended.cost}
+        return replace(found, outcome=outcome, message=text, cost=cost)
+
+    def was_stopped(self, task: Task) -> bool:
+        """Whether its worker was told to stop, and we did not tell it."""
+        return not task.cancel and not self._left(task).ended
+
+    def _left(self, task: Task) -> Result:
+        """What the attempt's directory tells."""
+        try:
+            found = place.result(self.dirs, task.id, task.launches)
+        except ValueError as damage:
+            name = f"tasks/{task.id}/{task.launches}/result.json"
+            text = f"{name} is damaged and was not acted on: {damage}"
+            return Result(Outcome.UNKNOWN, text, task.thread)
+        if found is not None:
+            return _checked(found, task)
+        if not self.began(task.id, task.launches):
+            text = "the worker was not started"
+            return Result(
+                Outcome.INTERRUPTED, text, task.thread, began=False, ran=False, ended=False
+            )
+        return self._salvage(task)
+
+    def began(self, id: str, number: int) -> bool:
+        """Whether Codex may have run: also if the attempt's directory was lost."""
+        lost = not place.attempt(self.dirs, id, number).is_dir()
+        return lost or place.was_started(self.dirs, id, number)
+
+    def _salvage(self, task: Task) -> Result:
+        """The worker was killed: what do the events say?"""
+        reader = codex.Reader()
+        path = place.attempt(self.dirs, task.id, task.launches) / "events.jsonl"
+        try:
+            reader.feed(durable.read(path, _EVENTS_LIMIT))
+        except (FileNotFoundError, ValueError):
+            pass  # killed before Codex said anything, or not to be read
+        reader.finish()
+        thread = reader.thread or task.thread
+        told, model = codex.spent(str(self.config.codex.home), thread) if thread else ({}, None)
+        usage = _numbers(reader.usage or told, USAGE_KEYS)
+        whole = reader.completed and reader.message and (not task.thread or task.thread == thread)
+        if whole and not self._has_check(task):
+            text = "the turn was complete when its worker was killed"
+            return Result(Outcome.DONE, text, thread, reader.message, usage=usage, model=model)
+        text = "the worker was killed in the middle of the turn"
+        if whole:
+            text = "the worker was killed before the task's check had passed"
+        return Result(Outcome.INTERRUPTED, text, thread, usage=usage, model=model, ended=False)
+
+    def _has_check(self, task: Task) -> bool:
+        """Whether a complete turn is not enough; if that cannot be told, it is not."""
+        orders = place.attempt(self.dirs, task.id, task.launches) / "attempt.json"
+        try:
+            return bool(durable.read_json(orders).get("verify"))
+        except (FileNotFoundError, ValueError):
+            return True
+
+
+def _checked(found: Mapping[str, object], task: Task) -> Result:
+    """A worker's result; whatever is wrong in it counts as unknown."""
+    try:
+        outcome = Outcome(str(found["outcome"]))
+    except (ValueError, KeyError):
+        return Result(Outcome.UNKNOWN, "the result names no known outcome", task.thread)
+    usage, cost = found.get("usage"), found.get("cost")
+    answer, thread, model = found.get("answer"), found.get("thread"), found.get("model")
+    told, verified = found.get("rounds"), found.get("verified")
+    rounds = told if isinstance(told, list) else []
+    return Result(
+        outcome=outcome,
+        message=str(found.get("message") or ""),
+        thread=thread if isinstance(thread, str) and codex.is_thread_id(thread) else task.thread,
+        answer=answer if isinstance(answer, str) else None,
+        ran="exit_status" in found,
+        turned=bool(found.get("turn_started")),
+        gate=found.get("gate") is True,
+        ended=found.get("stop_reason") != "interrupted" or outcome is Outcome.DONE,
+        usage=_numbers(usage, USAGE_KEYS),
+        model=model if isinstance(model, str) else None,
+        cost=_numbers(cost, cgroup.COST),
+        rounds=tuple(one for one in rounds if isinstance(one, dict)),
+        verified=verified if isinstance(verified, int) else None,
+    )
+
+
+def _numbers(value: object, keys: tuple[str, ...]) -> dict[str, int]:
+    if not isinstance(value, dict):
+        return {}
+    return {k: value[k] for k in keys if isinstance(value.get(k), (int, float))}

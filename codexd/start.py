@@ -1,0 +1,250 @@
+"""An attempt up to the start of Codex: what was ordered, whether it can work, what Codex is given.
+
+Part of the worker.  Owns tasks/ID/N but for what Codex prints; `rounds` goes on from
+here.  Raises Unfit, ValueError, OSError or lock.Locked where Codex cannot be started, and
+Unsafe where it must not be; `why_not` says what that comes to.
+
+Leaner than lean: every task waits for it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from codexd import command, durable, prompt
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from codexd.outcome import Outcome
+    from codexd.service import Service
+
+THREAD_WAIT = 5.0  # seconds to wait for another writer of the thread
+
+
+class Unfit(Exception):
+    """The task cannot work here; the text says what to mend."""
+
+
+class Unsafe(Exception):
+    """No task can work here: Codex's sandbox does not."""
+
+
+class Attempt:
+    """Everything about this one run."""
+
+    def __init__(self, tasks: str, id: str) -> None:
+        self.id = id
+        self.home = os.path.join(tasks, id)
+        numbers = [int(n) for n in os.listdir(self.home) if n.isdigit()]
+        if not numbers:
+            raise FileNotFoundError(f"{self.home}: no attempt was ordered")
+        self.number = max(numbers)
+        self.place = os.path.join(self.home, str(self.number))
+        self.orders: Any = durable.read_json(os.path.join(self.place, "attempt.json"))
+        self.task: Any = {"request": {}}
+        if not self.orders.get("probe"):
+            self.task = durable.read_json(os.path.join(self.home, "task.json"))
+        self.request: Any = self.task["request"]
+        self.began = time.time()
+        self.memory_note: str | None = None
+        self.notes = 0
+        self.cwd = ""
+        self.chosen = ""  # the sandbox
+        self.held: str | None = None  # the thread whose lock we have
+
+    def log(self, manager: Service | None, event: str, **fields: object) -> None:
+        """A line in the journal, where we are a unit; else the master tells enough."""
+        if manager:
+            from codexd.service import Level
+
+            about = {"task": self.id, "session": self.request.get("session")}
+            manager.log(Level.INFO, event, **about, attempt=self.number, **fields)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.place, name)
+
+    def mark(self) -> bool:
+        """Pass the at-most-once point; False when somebody did before."""
+        if os.path.exists(self.path("result.json")):
+            return False
+        try:
+            fd = os.open(self.path("started"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+        except FileExistsError:
+            return False
+        os.fsync(fd)
+        os.close(fd)
+        durable.sync_directory(self.place)
+        return True
+
+    # --- before Codex ---------------------------------------------------------
+
+    def below_roots(self, path: str, base: str, what: str) -> str:
+        """`path` resolved, if it exists below a configured root."""
+        full = os.path.realpath(os.path.join(base, os.path.expanduser(path)))
+        roots = [os.path.realpath(root) for root in self.orders["workdirs"]]
+        if not any(full == root or full.startswith(root.rstrip("/") + "/") for root in roots):
+            raise Unfit(f"{what} {full} is not below a configured root ({', '.join(roots)})")
+        if not os.path.exists(full):
+            raise Unfit(f"{what} {full} does not exist")
+        return full
+
+    def workdir(self) -> str:
+        found = self.below_roots(self.orders["workdir"], "/", "workdir")
+        if not os.path.isdir(found):
+            raise Unfit(f"workdir {found} is not a directory")
+        return found
+
+    def sandbox(self) -> str:
+        """As ordered; a plain one where Codex cannot keep secrets from commands.
+
+        Raises Unsafe where it cannot keep them from anything.
+        """
+        ordered = str(self.orders["sandbox"])
+        plain = ordered.removeprefix(command.PERMISSIONS)
+        if plain == "danger-full-access":
+            return plain
+        from codexd import canary
+
+        codex = self.orders["bin"], self.orders["home"], self.environment()
+        if why := canary.works(*codex):
+            raise Unsafe(why)
+        hides = plain != ordered and canary.hides(*codex) is None
+        return ordered if hides else plain
+
+    @property
+    def before(self) -> list[str]:
+        """What stands before Codex on a command line: if we are killed, it must not go on."""
+        setpriv = self.orders.get("setpriv")
+        return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+
+    def argv(self, thread: str | None, images: Sequence[str]) -> list[str]:
+        ask, orders, workdir = self.request, self.orders, self.cwd
+        schema = ask.get("output_schema")
+        argv = command.argv(
+            orders["bin"],
+            workdir=workdir,
+            sandbox=self.chosen,
+            model=orders["model"],
+            profile=orders["profile"],
+            images=[self.below_roots(p, workdir, "image") for p in images],
+            add_dirs=[self.below_roots(p, workdir, "directory") for p in ask["add_dirs"]],
+            output_schema=self.below_roots(schema, workdir, "output_schema") if schema else None,
+            last_message_file=self.path("last.md"),
+            thread=thread,
+            unguided=command.is_unguided(workdir, orders["home"]),
+        )
+        return [*self.before, *argv]
+
+    def remembered(self, workdir: str) -> str:
+        """The notes that go into the prompt; never a reason to fail."""
+        settings = self.orders["memory"]
+        if not settings["on"] or not any(
+            os.path.lexists(os.path.join(workdir, os.path.expanduser(p))) for p in settings["paths"]
+        ):
+            return ""
+        from codexd import memory
+
+        found = memory.search(
+            settings["paths"],
+            workdir,
+            self.request["prompt"],
+            hits=settings["hits"],
+            chars=settings["chars"],
+            rg=settings["rg"],
+        )
+        self.memory_note = found.note
+        self.notes = len(found.hits)
+        return memory.fence(found, os.urandom(8).hex()) if found.hits else ""
+
+    def text(self) -> str:
+        """The first prompt."""
+        return prompt.build(
+            header=self.orders["header"],
+            preamble=self.orders["preamble"],
+            memory=self.remembered(self.cwd),
+            policy=self.orders["policy"],
+            message=self.request["prompt"],
+        )
+
+    def opened(self, name: str, text: str) -> int:
+        """A prompt in a file, opened for Codex to read: whole, even if we die now."""
+        fd = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o640)
+        durable.write_all(fd, text.encode("utf-8", "replace"))
+        os.lseek(fd, 0, os.SEEK_SET)
+        return fd
+
+    def environment(self) -> dict[str, str]:
+        home = self.orders["home"]
+        env = command.environment(os.environ, home, self.orders["env"])
+        scratch = os.path.realpath(env.get("TMPDIR", "/tmp"))
+        if os.path.realpath(home).startswith(scratch.rstrip("/") + "/"):
+            # Codex refuses to put its helpers below the temporary directory.
+            env["TMPDIR"] = self.path("tmp")
+            os.makedirs(env["TMPDIR"], 0o700, exist_ok=True)
+        return env
+
+    def begin(self) -> tuple[int, int, int]:
+        """Start Codex: its pid, and what to read its output and its errors from."""
+        self.cwd = self.workdir()
+        self.chosen = self.sandbox()
+        argv, env = self.argv(self.orders["thread"], self.request["images"]), self.environment()
+        os.chdir(self.cwd)
+        if self.orders["thread"]:
+            self.hold(self.orders["thread"])
+        return command.spawn(argv, env, self.opened("prompt.md", self.text()))
+
+    def again(self, thread: str, text: str, number: int) -> tuple[int, int, int]:
+        """As `begin`, for turn `number` of the attempt, which is given `text`."""
+        self.hold(thread)
+        try:
+            os.unlink(self.path("last.md"))  # a turn that fails leaves it as it is
+        except FileNotFoundError:
+            pass  # Codex did not write it
+        argv = self.argv(thread, [])
+        return command.spawn(argv, self.environment(), self.opened(f"prompt-{number}.md", text))
+
+    def hold(self, thread: str) -> None:
+        """No other worker writes the thread from here on."""
+        if self.held != thread:
+            from codexd import lock
+
+            lock.hold_thread(self.orders["home"], thread, THREAD_WAIT)
+            self.held = thread
+
+    def finish(self, outcome: str, message: str, **evidence: object) -> None:
+        """result.json: from here on the attempt has ended, whoever dies."""
+        from codexd import clock
+
+        result = {
+            "id": self.id,
+            "attempt": self.number,
+            "outcome": outcome,
+            "message": message,
+            "thread": self.orders.get("thread"),
+            "started": clock.stamp(self.began),
+            "ended": clock.now(),
+            "notes": self.notes,
+            "memory_note": self.memory_note,
+        }
+        durable.write_json(self.path("result.json"), {**result, **evidence})
+
+
+def why_not(problem: Exception) -> tuple[Outcome, str]:
+    """Outcome and sentence for what kept Codex from starting."""
+    from codexd.lock import Locked
+    from codexd.outcome import Outcome
+
+    if isinstance(problem, Unfit | ValueError):
+        return Outcome.CONFIG, str(problem)
+    if isinstance(problem, Locked):
+        return Outcome.THREAD_BUSY, f"{problem} is written by another process"
+    if isinstance(problem, OSError):
+        return Outcome.HOST, f"cannot start Codex: {problem}"
+    if isinstance(problem, Unsafe):
+        return Outcome.HOST, str(problem)
+    kind = type(problem).__name__
+    return Outcome.CONFIG, f"the task's record or its orders are damaged: {kind}: {problem}"

@@ -1,0 +1,572 @@
+"""Hooks: what is owed, in which order it is told, and that nothing is forgotten or held up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codexd import config, delivery, durable, hook
+from codexd.delivery import Occasion, Owed
+from codexd.ledger import Follower, Ledger
+from codexd.model import Event, Kind, Note, is_id
+from tests.box import Box
+from tests.box.host import require
+from tests.daemon import Daemon, until
+from tests.installed import FAKE as FAKE_THERE
+from tests.installed import SPOOL, STATE, Installed
+
+FAKE = Path(__file__).resolve().parent / "bin/codex"
+AT = "2026-11-23T07:20:11.123Z"
+A, B, C = (f"20261123t07201{n}-aaaaaaaaaa" for n in range(3))
+QUICK = f"codex:\n  bin: {FAKE}\nhttp:\n  listen: off\nretry:\n  base: 1s\n  cap: 1s\n"
+
+
+# --- what is owed -------------------------------------------------------------------------
+
+
+def event(kind: Kind | Note, id: str = "", **facts: object) -> Event:
+    return Event(AT, kind, id, facts)
+
+
+def keys(events: list[Event], *wanted: Occasion, gate: tuple[str, ...] = ()) -> list[str]:
+    found = delivery.owing(events, wanted or tuple(Occasion), gate)
+    assert all(one.kind is Note.OWED for one in found)
+    return [str(one.facts["event"]) for one in found]
+
+
+def test_the_end_of_a_task_is_owed() -> None:
+    events = [event(Kind.QUEUED, A), event(Kind.RUNNING, A), event(Kind.WAITING, A)]
+    events += [event(Kind.DONE, A), event(Kind.FAILED, B), event(Kind.CANCELLED, C)]
+    assert keys(events) == [f"{A}.done", f"{B}.failed", f"{C}.cancelled"]
+    assert keys(events, Occasion.FAILED) == [f"{B}.failed"]
+
+
+def test_a_gate_that_is_closed_already_is_no_news() -> None:
+    closed = [event(Note.CLOSED, reason="quota", until=u) for u in (AT, "later")]
+    assert len(keys(closed)) == 1
+    assert keys(closed, gate=("quota",)) == []
+    again = [*closed, event(Note.OPENED, reason="quota"), event(Note.CLOSED, reason="quota")]
+    assert [key.partition(".")[2] for key in keys(again)] == ["closed", "opened", "closed"]
+
+
+def test_an_event_of_no_task_gets_an_id_of_its_own() -> None:
+    """It names a unit: the form is that of a task's."""
+    files = [{"file": name, "id": A, "reason": "empty"} for name in ("one", "two")]
+    events = [Event(AT, Note.REJECTED, facts=facts) for facts in files]
+    found = keys(events)
+    assert len(set(found)) == 2
+    assert found == keys(events)
+    for key in found:
+        assert is_id(key.partition(".")[0])
+
+
+def owed(id: str, occasion: Occasion = Occasion.DONE, tries: int = 0, about: str = "") -> Owed:
+    return Owed(id, occasion, AT, about or id, {}, tries)
+
+
+def chosen(
+    *all: Owed, ready: int = 9, busy: set[str] | None = None, rest: set[str] | None = None
+) -> list[str]:
+    found = delivery.choose(all, busy or set(), dict.fromkeys(Occasion, ready), rest or set())
+    return [one.key for one in found]
+
+
+def test_who_was_tried_least_comes_first() -> None:
+    assert chosen(owed(A, tries=3), owed(B), owed(C, tries=1), ready=2) == [
+        f"{B}.done",
+        f"{C}.done",
+    ]
+
+
+def test_a_later_event_waits_for_the_one_before() -> None:
+    closed, opened = (
+        owed(A, Occasion.CLOSED, about="quota"),
+        owed(B, Occasion.OPENED, about="quota"),
+    )
+    other = owed(C, Occasion.OPENED, about="disk")
+    assert chosen(closed, opened, other) == [closed.key, other.key]
+    assert chosen(closed, opened, other, busy={closed.key}) == [other.key]
+    assert chosen(closed, opened, rest={closed.key}) == []
+    assert chosen(opened) == [opened.key]
+
+
+def test_there_is_room_for_each_occasion() -> None:
+    many = [owed(A), owed(B), owed(C, Occasion.FAILED)]
+    ready = {Occasion.DONE: 1, Occasion.FAILED: 0}
+    assert [one.key for one in delivery.choose(many, set(), ready, set())] == [f"{A}.done"]
+
+
+def test_a_summary_is_one_line_of_a_person_s_words() -> None:
+    told = {"title": "fix\nlinks\x1b[2J", "message": "no turn\nmore"}
+    text = delivery.summary(owed(A, Occasion.FAILED), told)
+    assert text == "codexd: fix links [2J failed: no turn"
+    assert delivery.summary(owed(A), {"file": "a.md", "message": None}) == "codexd: a.md done"
+
+
+# --- the ledger ---------------------------------------------------------------------------
+
+
+def line(kind: Note, id: str, **facts: object) -> Event:
+    return Event(AT, kind, facts={"event": f"{id}.done", **facts})
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> tuple[Path, Path]:
+    return tmp_path / "tasks.md", tmp_path / "checkpoint.json"
+
+
+def test_what_is_owed_is_in_the_batch_that_says_why(books: tuple[Path, Path]) -> None:
+    ledger = Ledger(*books)
+    ledger.owing = lambda events, gate: delivery.owing(events, tuple(Occasion), gate)
+    ledger.append([Event(AT, Kind.QUEUED, A, {"file": "a.md"})])
+    tasks = ledger.append([event(Kind.FAILED, A, outcome="config")])
+    assert len(tasks) == 1
+    assert list(ledger.book.owed) == [f"{A}.failed"]
+    assert A not in ledger.book.tasks
+
+
+@pytest.mark.parametrize("marked", range(7))
+def test_it_survives_a_start(books: tuple[Path, Path], marked: int) -> None:
+    """With the checkpoint taken anywhere."""
+    ledger = Ledger(*books)
+    events = [
+        line(Note.OWED, A), line(Note.OWED, B), line(Note.DEFERRED, B, tries=1, until="u1"),
+        line(Note.TOLD, A), line(Note.DEFERRED, B, tries=2, until="u2"), line(Note.OWED, C),
+    ]  # fmt: skip
+    for n, one in enumerate(events):
+        if n == marked:
+            ledger.checkpoint()
+        ledger.append([one])
+    wanted = {f"{B}.done": replace(owed(B), tries=2, until="u2"), f"{C}.done": owed(C)}
+    assert ledger.book.owed == wanted
+    reader = Follower(*books)
+    reader.refresh()
+    assert reader.book.owed == wanted
+    ledger.append([line(Note.UNTOLD, B), line(Note.TOLD, C)])
+    reader.refresh()
+    assert reader.book.owed == {}
+    assert not reader.book.damaged
+    ledger.close()
+
+
+def test_a_damaged_line_is_reported(books: tuple[Path, Path]) -> None:
+    ledger = Ledger(*books)
+    ledger.append([line(Note.OWED, A), line(Note.TOLD, A)])
+    ledger.close()
+    books[0].write_bytes(books[0].read_bytes().replace(b"told", b"t0ld"))
+    again = Ledger(*books)
+    assert len(again.book.damaged) == 1
+    assert list(again.book.owed) == [f"{A}.done"], "told once more rather than never"
+
+
+# --- one run ------------------------------------------------------------------------------
+
+
+def order(place: Path, *command: str, limit: float = 20.0, **env: str) -> dict[str, Any]:
+    """Run a command as the master's order; the result."""
+    place.mkdir(exist_ok=True)
+    (place / hook.STDIN).write_text('{"id": "x"}\n')
+    asked = {"event": "x.done", "command": list(command), "env": env, "limit": limit}
+    durable.write_json(place / hook.ORDER, asked)
+    hook.run(place)
+    return durable.read_json(place / hook.RESULT)
+
+
+def test_a_command_gets_the_event_and_nothing_of_ours(tmp_path: Path) -> None:
+    os.environ["CODEXD_CANARY"] = "x"
+    found = order(tmp_path, "/bin/sh", "-c", "cat; env; pwd", PATH="/bin", CODEXD_STATE="done")
+    assert found["problem"] is None
+    said = found["output"].splitlines()
+    assert said[0] == '{"id": "x"}'
+    assert {one.partition("=")[0] for one in said[1:-1]} <= {
+        "PATH",
+        "CODEXD_STATE",
+        "PWD",
+        "_",
+        "OLDPWD",
+        "SHLVL",
+    }
+    assert said[-1] == "/"
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("echo no; exit 3", "exit status 3"),
+        ("echo no; kill -9 $$", "killed by signal 9"),
+        ("echo no; sleep 60", "it did not end within 0.5 s, and was killed"),
+        (
+            "echo no; trap '' TERM; sleep 60 & wait; wait",
+            "it did not end within 0.5 s, and was killed",
+        ),
+    ],
+)
+def test_what_went_wrong_is_told(tmp_path: Path, command: str, problem: str) -> None:
+    assert order(tmp_path, "/bin/sh", "-c", command, limit=0.5) == {
+        "event": "x.done", "problem": problem, "output": "no\n",
+    }  # fmt: skip
+
+
+def test_a_command_that_is_not_there(tmp_path: Path) -> None:
+    found = order(tmp_path, f"{tmp_path}/none")
+    assert found["problem"] == f"cannot be run: No such file or directory: {tmp_path}/none"
+
+
+def test_the_end_of_much_output_is_kept(tmp_path: Path) -> None:
+    found = order(tmp_path, "/bin/sh", "-c", "yes | head -c 9000000; echo the end")
+    assert found["output"].endswith("y\nthe end\n")
+    assert len(found["output"]) <= hook.KEPT
+
+
+def test_who_holds_its_output_does_not_hold_it_up(tmp_path: Path) -> None:
+    began = time.monotonic()
+    found = order(tmp_path, "/bin/sh", "-c", "sleep 300 & echo $!")
+    assert found["problem"] is None
+    assert time.monotonic() - began < 10
+    until(lambda: not Path(f"/proc/{found['output'].strip()}/fd/0").exists(), "it is ended, too")
+
+
+def test_an_event_with_a_result_is_not_told_again(tmp_path: Path) -> None:
+    command = ("/bin/sh", "-c", f"echo . >> {tmp_path}/runs")
+    order(tmp_path, *command)
+    order(tmp_path, *command)
+    assert (tmp_path / "runs").read_text() == ".\n"
+
+
+def test_it_ends_with_its_parent(tmp_path: Path) -> None:
+    (tmp_path / hook.STDIN).write_text("{}")
+    asked = {"event": "x.done", "command": ["/bin/sleep", "300"], "env": {}, "limit": 300}
+    durable.write_json(tmp_path / hook.ORDER, asked)
+    code = (
+        "import os, subprocess, sys, time\n"
+        "run = [sys.executable, '-m', 'codexd.hook', '--parent', str(os.getpid()), sys.argv[1]]\n"
+        "subprocess.Popen(run)\ntime.sleep(300)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+
+    def sleeper() -> list[int]:
+        pids = [int(n) for n in os.listdir("/proc") if n.isdigit()]
+        return [pid for pid in pids if _told(pid) == tmp_path / hook.STDIN]
+
+    found = until(sleeper, "the command runs")
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    until(lambda: not any(map(_told, found)), "it has ended")
+    assert not (tmp_path / hook.RESULT).exists()
+
+
+def _told(pid: int) -> Path | None:
+    """What a process reads as its input."""
+    try:
+        return Path(os.readlink(f"/proc/{pid}/fd/0"))
+    except OSError:
+        return None
+
+
+# --- configuration ------------------------------------------------------------------------
+
+
+def read(tmp_path: Path, text: str) -> config.Config:
+    (tmp_path / "codexd.yaml").write_text(text)
+    return config.load(config.Directories.below(tmp_path), explicit=True)
+
+
+def test_commands_are_words_without_a_shell(tmp_path: Path) -> None:
+    found = read(tmp_path, "on:\n  done: /bin/x 'a b' $HOME > y\n  opened: /bin/z\n")
+    assert found.on == {
+        Occasion.DONE: ("/bin/x", "a b", "$HOME", ">", "y"),
+        Occasion.OPENED: ("/bin/z",),
+    }
+
+
+@pytest.mark.parametrize("wrong", ["mail", "''", "/bin/x 'a", "[/bin/x]", "./x", "relative/x"])
+def test_what_is_no_command_is_refused(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(config.ConfigError, match=r"codexd.yaml:2: on\.done: found .*absolute path"):
+        read(tmp_path, f"on:\n  done: {wrong}\n")
+
+
+# --- with a daemon ------------------------------------------------------------------------
+
+_HOOK = """\
+#!/bin/sh
+# Keeps what it is told, and then says whether it took it.
+cd {place} || exit 9
+echo "$CODEXD_EVENT_ID $CODEXD_STATE $CODEXD_TASK" >> tried
+[ ! -e down ] || {{ echo "the service is down" >&2; exit 1; }}
+[ ! -e "not-$CODEXD_TASK" ] || exit 4
+cat > "$CODEXD_EVENT_ID.json.$$" && mv "$CODEXD_EVENT_ID.json.$$" "$CODEXD_EVENT_ID.json"
+echo "$CODEXD_EVENT_ID" >> told
+echo "$CODEXD_SUMMARY" >> summaries
+"""
+
+
+class Told:
+    """A daemon whose hooks write down what they are told."""
+
+    def __init__(self, tmp_path: Path, more: str = "") -> None:
+        self.place = tmp_path / "hook"
+        self.place.mkdir()
+        program = self.place / "hook"
+        program.write_text(_HOOK.format(place=self.place))
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        on = "".join(f"  {o}: {program} {o}\n" for o in Occasion)
+        self.daemon = Daemon(tmp_path / "root", config=f"{QUICK}{more}on:\n{on}")
+
+    def lines(self, name: str) -> list[str]:
+        path = self.place / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def mend(self) -> None:
+        (self.place / "down").unlink()
+
+    def settled(self) -> bool:
+        """Whether nothing is owed any more."""
+        reader = Follower(self.daemon.dirs.ledger)
+        reader.refresh()
+        reader.close()
+        return not reader.book.owed
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Iterator[Told]:
+    one = Told(tmp_path)
+    yield one
+    one.daemon.kill()
+
+
+def test_the_end_of_a_task_is_told(told: Told) -> None:
+    with told.daemon as daemon:
+        daemon.drop("a.md", "---\ntitle: A greeting\n---\nhello")
+        daemon.drop("b.md", "")
+        daemon.answer("a")
+        until(lambda: len(told.lines("told")) == 2, "both are told")
+        until(told.settled, "the ledger says so")
+        id = daemon.tasks()[0]["id"]
+        assert json.loads((told.place / f"{id}.done.json").read_text()) == daemon.json(
+            "task", "show", id
+        )
+        (rejected,) = [key for key in told.lines("told") if key.endswith(".rejected")]
+        facts = json.loads((told.place / f"{rejected}.json").read_text())
+        assert (facts["state"], facts["file"]) == ("rejected", "b.md")
+        assert "codexd: A greeting done" in told.lines("summaries")
+        assert f"{id}.done done {id}" in told.lines("tried")
+        log = (daemon.dirs.archive / f"{id[:4]}-{id[4:6]}" / id / "hook-done.log").read_text()
+        assert log.endswith(f"{id}.done: told\n")
+        assert os.listdir(daemon.dirs.hooks) == []
+
+
+def test_the_gate_is_told(told: Told) -> None:
+    with told.daemon as daemon:
+        daemon.run("hold")
+        until(lambda: told.lines("told"), "its closing is told")
+        daemon.run("release")
+        until(lambda: len(told.lines("told")) == 2, "and its opening")
+        assert [key.partition(".")[2] for key in told.lines("told")] == ["closed", "opened"]
+        assert told.lines("summaries")[1] == "codexd: work goes on: no longer held for hold"
+        assert {one.split()[1] for one in told.lines("tried")} == {"closed", "opened"}
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_a_hook_that_fails_across_restarts(told: Told, how: str) -> None:
+    """Each event at least once, with its id, of one thing in order."""
+    (told.place / "down").touch()
+    daemon = told.daemon
+    with daemon:
+        for n in range(4):
+            daemon.drop(f"t{n}.md", f"task {n}")
+        for n in range(4):
+            daemon.answer(f"t{n}")
+        daemon.run("hold")
+        daemon.run("release")
+        for _ in range(3):
+            until(lambda: len(told.lines("tried")) >= 2, "the hook is tried")
+            tried = len(told.lines("tried"))
+            until(lambda tried=tried: len(told.lines("tried")) > tried, "and tried again")  # type: ignore[misc]
+            if how == "stop":
+                daemon.stop()
+            else:
+                assert daemon.child is not None
+                daemon.child.kill()
+                daemon.child.wait()
+                daemon._forget()
+            daemon.start()
+        assert told.lines("told") == []
+        assert all(t["state"] == "done" for t in daemon.tasks()), "a hook changes no task"
+        told.mend()
+        until(told.settled, "all are told", 60)
+    wanted = {f"{t['id']}.done" for t in daemon.tasks()}
+    found = told.lines("told")
+    gate = [key for key in found if key not in wanted]
+    assert wanted <= set(found)
+    assert [key.partition(".")[2] for key in gate] == ["closed", "opened"]
+    assert {one.split()[0] for one in told.lines("tried")} == set(found), "the ids are the same"
+    assert "the service is down" in daemon.log.read_text()
+
+
+def test_one_event_that_is_never_taken_holds_up_no_other(told: Told) -> None:
+    with told.daemon as daemon:
+        daemon.run("hold")
+        daemon.drop("bad.md", "never taken")
+        bad = until(daemon.tasks, "it is a task")[0]["id"]
+        (told.place / f"not-{bad}").touch()
+        daemon.run("release")
+        daemon.answer("bad")
+        for n in range(3):
+            daemon.drop(f"t{n}.md", "good")
+        until(
+            lambda: sum(key.endswith(".done") for key in told.lines("told")) == 3,
+            "the others are told",
+        )
+        tried = Counter(one.split()[0] for one in told.lines("tried"))
+        assert tried[f"{bad}.done"] >= 1
+
+
+def test_a_hook_that_is_no_longer_wanted_is_owed_nothing(told: Told) -> None:
+    (told.place / "down").touch()
+    with told.daemon as daemon:
+        daemon.drop("a.md", "hello")
+        daemon.answer("a")
+        until(lambda: told.lines("tried"), "it is tried")
+        (daemon.root / "codexd.yaml").write_text(QUICK)
+        assert daemon.child is not None
+        daemon.child.send_signal(signal.SIGHUP)
+        until(told.settled, "it is given up")
+        assert "hook.untold" in daemon.log.read_text()
+
+
+def test_ten_thousand_owed_to_a_hook_that_is_down(told: Told) -> None:
+    """The queue goes on, and the ledger does not grow by thousands of lines."""
+    (told.place / "down").touch()
+    daemon = told.daemon
+    ids = [f"20261123t{n:06}-aaaaaaaaaa" for n in range(delivery.MOST)]
+    ledger = Ledger(daemon.dirs.ledger, daemon.dirs.checkpoint)
+    ledger.append([line(Note.OWED, id) for id in ids])
+    ledger.close()
+    with daemon:
+        began = len(daemon.events())
+        daemon.drop("a.md", "hello")
+        daemon.answer("a", 10)
+        until(lambda: len(told.lines("tried")) >= 3, "the hook is tried")
+        assert len(told.lines("tried")) < 40
+        assert len(daemon.events()) - began < 60
+        assert len({one.split()[0] for one in told.lines("tried")}) >= 3, "not the same each time"
+        until(lambda: "hook.untold" in daemon.log.read_text(), "the oldest of too many is given up")
+        told.mend()
+        until(lambda: len(told.lines("told")) > 20, "they are told")
+
+
+def test_status_says_that_a_hook_fails(told: Told) -> None:
+    (told.place / "down").touch()
+    with told.daemon as daemon:
+        daemon.drop("a.md", "hello")
+        daemon.answer("a")
+        failing = until(lambda: daemon.json("status")["hooks"]["failing"], "status tells")
+        assert failing == {"done": "exit status 1: the service is down"}
+        assert "hooks: 1 event owed; done: exit status 1" in daemon.run("status").stdout
+
+
+# --- with systemd -------------------------------------------------------------------------
+
+_THERE = "/var/tmp/hook"
+
+
+@pytest.fixture(scope="module")
+def codexd() -> Iterator[Installed]:
+    require("hybrid")
+    with Box("hybrid") as box:
+        one = Installed(box, FAKE_THERE)
+        program = "/etc/codexd/hook"
+        on = "".join(f"  {o}: {program} {o}\n" for o in Occasion)
+        one.configure(f"{one.config}retry:\n  base: 1s\n  cap: 1s\non:\n{on}")
+        box.push({program: _HOOK.format(place=_THERE)}, mode=0o755)
+        box.run("install", "-d", "-o", "codexd", _THERE)
+        more = "[Service]\nPrivateTmp=no\nReadWritePaths=/var/tmp/hook\n"
+        one.drop_in("codexd-hook@.service", more)
+        box.run("systemctl", "start", "codexd")
+        yield one
+
+
+def lines(one: Installed, name: str) -> list[str]:
+    return one.box.run("sh", "-c", f"cat {_THERE}/{name} 2>/dev/null || true").stdout.splitlines()
+
+
+@pytest.mark.xdist_group("box")
+def test_a_unit_tells_it(codexd: Installed) -> None:
+    codexd.drop("hello", "one.md")
+    id = codexd.ended("one")["id"]
+    until(lambda: f"{id}.done" in lines(codexd, "told"), "it is told")
+    told = json.loads(codexd.box.pull(f"{_THERE}/{id}.done.json"))
+    assert told == codexd._json("task", "show", id)
+    until(
+        lambda: "hook.told" in codexd.box.run("journalctl", f"CODEXD_TASK={id}").stdout,
+        "the log says so",
+    )
+    until(lambda: not hook_units(codexd), "no unit is left")
+    assert codexd.box.run("ls", "/run/codexd/hooks").stdout == ""
+
+
+def hook_units(one: Installed) -> str:
+    ask = ("systemctl", "list-units", "--all", "--plain", "--no-legend", "codexd-hook@*")
+    return one.box.run(*ask).stdout
+
+
+@pytest.mark.xdist_group("box")
+def test_a_failing_unit_across_kills_of_the_master(codexd: Installed) -> None:
+    box = codexd.box
+    box.run("touch", f"{_THERE}/down")
+    codexd.drop("hello", "two.md")
+    id = codexd.ended("two")["id"]
+    for _ in range(2):
+        tried = len(lines(codexd, "tried"))
+        until(lambda tried=tried: len(lines(codexd, "tried")) > tried, "it is tried")  # type: ignore[misc]
+        box.run("systemctl", "kill", "--signal=SIGKILL", "codexd")
+    box.run("rm", f"{_THERE}/down")
+    until(lambda: f"{id}.done" in lines(codexd, "told"), "it is told")
+    assert codexd.task("two")["state"] == "done"  # type: ignore[index]
+
+
+@pytest.mark.xdist_group("box")
+def test_a_unit_that_is_killed_is_tried_again(codexd: Installed) -> None:
+    box = codexd.box
+    text = box.pull("/etc/codexd/hook")
+    box.push({"/etc/codexd/hook": "#!/bin/sh\nexec sleep 3600\n"}, mode=0o755)
+    codexd.drop("hello", "three.md")
+    id = codexd.ended("three")["id"]
+    until(lambda: "sleep 3600" in codexd.command_lines(), "it runs")
+    box.push({"/etc/codexd/hook": text}, mode=0o755)
+    box.run("systemctl", "kill", "--signal=SIGKILL", f"codexd-hook@{id}")
+    until(lambda: f"{id}.done" in lines(codexd, "told"), "it is told")
+    assert (
+        "its unit ended without a result: signal"
+        in box.run("journalctl", f"CODEXD_TASK={id}").stdout
+    )
+
+
+@pytest.mark.xdist_group("box")
+def test_a_hook_sees_its_event_and_no_secret(codexd: Installed) -> None:
+    box = codexd.box
+    text = box.pull("/etc/codexd/hook")
+    look = f"cat /etc/codexd/api.env {STATE}/tasks.md {STATE}/codex/*; touch {SPOOL}/inbox/x"
+    script = f"#!/bin/sh\nexec > {_THERE}/seen 2>&1\n{look}\ntrue\n"
+    box.push({"/etc/codexd/hook": script}, mode=0o755)
+    codexd.drop("hello", "four.md")
+    id = codexd.ended("four")["id"]
+    until(lambda: "hook.told" in box.run("journalctl", f"CODEXD_TASK={id}").stdout, "it is told")
+    box.push({"/etc/codexd/hook": text}, mode=0o755)
+    seen = lines(codexd, "seen")
+    assert "sk-the-canary" not in str(seen)
+    assert "queued" not in str(seen)
+    assert any("api.env: Permission denied" in one for one in seen)
+    assert any("Read-only file system" in one for one in seen)
