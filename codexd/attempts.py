@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 
 from codexd import clock, dispatch, place
+from codexd.aside import Aside
+from codexd.beside import Beside
 from codexd.config import Config
 from codexd.dispatch import NOT_BEFORE
 from codexd.finish import Finish, Finished
@@ -25,6 +27,10 @@ from codexd.orders import Orders
 from codexd.outcome import Outcome
 from codexd.waits import Waits
 
+# What an attempt comes to only after the model has answered.
+ANSWERED = frozenset(
+    {Outcome.DONE, Outcome.NO_ANSWER, Outcome.VERIFY, Outcome.BUDGET, Outcome.CONTEXT_FULL}
+)
 Record = Callable[[list[Event]], None]
 
 
@@ -40,9 +46,11 @@ class Attempts:
         finish: Finish,
         record: Record,
         refused: Callable[..., None],
+        warn: Callable[..., None],
         error: Callable[..., None],
     ) -> None:
-        """`refused` is told what the host would not do, `error` is the master's log."""
+        """`refused` is told what the host would not do, `warn` and `error` are the
+        master's log."""
         self.config = config
         self.dirs = config.dirs
         self.ledger = ledger
@@ -55,6 +63,10 @@ class Attempts:
         self.error = error
         self.concluded: set[str] = set()  # to be moved to the archive
         self.wake_at: dict[str, float] = {}
+        self.aside = Aside(keeper, error)
+        self.beside = Beside(self.dirs, ledger.book.tasks, warn)
+        # Tasks that were let through a closed gate, and what they are to find out.
+        self.probing: dict[str, frozenset[str]] = {}
         self.waits = Waits(ledger, finish, record, refused)
 
     # --- attempts that ended ------------------------------------------------------
@@ -85,7 +97,7 @@ class Attempts:
             ended = self.launcher.ended(task.id)
             if ended is None and self._is_ending(task):
                 return None  # its exit record will say who stopped it
-            return self.finish.judge(task, ended)
+            return self.finish.judge(task, ended, beside=self.beside.look(task))
         except OSError as error:
             self.refused(error, task=task.id, session=task.session)
             return None
@@ -99,12 +111,15 @@ class Attempts:
         return (place.attempt(self.dirs, task.id, task.launches) / "result.json").exists()
 
     def _after(self, one: Finished, now: float) -> None:
+        probed = self.probing.pop(one.event.id, frozenset())
         if one.close:
-            self.keeper.met(one.outcome, one.message)
-        elif one.outcome in (Outcome.DONE, Outcome.NO_ANSWER):
-            self.keeper.passed()
-        if one.ran:
+            self.keeper.met(one.outcome, one.message, one.profile)
+        elif one.outcome in ANSWERED:
+            # Not whoever else is done: it may have asked the model before it was spent.
+            self.keeper.passed(probed)
+        if one.ran and not (one.close and one.outcome is Outcome.HOST):
             self.keeper.open(Outcome.HOST.value)
+        self.aside.met(one.outcome, one.message)
         if one.event.id not in self.ledger.book.tasks:
             self.concluded.add(one.event.id)
         elif one.delay:
@@ -112,7 +127,8 @@ class Attempts:
 
     def awake(self, now: float) -> None:
         """Tasks whose pause is over, or that waited for what has come, go to the queue."""
-        self.concluded |= self.waits.tend(now)
+        # Not `now`: until here the round may have taken long, and delays would be shorter.
+        self.concluded |= self.waits.tend(time.monotonic())
         events = []
         tasks = self.ledger.book.tasks
         for id in [i for i in self.wake_at if i not in tasks or not tasks[i].until]:
@@ -132,8 +148,12 @@ class Attempts:
     def dispatch(self, now: float) -> None:
         """Start what may start: orders, then the ledger, then the worker."""
         active = self.launcher.active()
+        self.aside.tend(idle=not active)
         gate = self.keeper.gate(now)
-        chosen = dispatch.ready(self.ledger.book.tasks.values(), gate, self.config.workers, active)
+        apart = not self.config.workdir_sharing
+        tasks = self.ledger.book.tasks.values()
+        chosen = dispatch.ready(tasks, gate, self.config.workers, active, apart)
+        self.probing |= {t.id: held for t in chosen if (held := gate.held(t))}
         events = [e for e in map(self._ordered, chosen) if e]
         self.record(events)
         self.launcher.start([e.id for e in events if e.kind is Kind.RUNNING], self.orders.limits)

@@ -103,17 +103,20 @@ def _judged(line: bytes, checked: Checked) -> tuple[str, str]:
         return "seal", f"the seal is broken{told}"
     if line.startswith(b"#"):
         return _head(line, checked)
-    if first:
-        return "format", "the first line does not name the format"
+    kind, text = _acted(line, checked.book)
+    return (kind, text) if kind or not first else ("format", "the first line names no format")
+
+
+def _acted(line: bytes, book: Book) -> tuple[str, str]:
     try:
         event = parse(line)
     except ValueError as error:
         return "grammar", str(error)
     try:
-        checked.book.act(event)
+        book.act(event)
     except (IllegalEvent, ValueError) as error:
         if event.kind in _ENDS:  # an end is an end, whatever is lost before it
-            checked.book.tasks.pop(event.id, None)
+            book.tasks.pop(event.id, None)
         return "event", str(error)
     return "", ""
 

@@ -135,14 +135,20 @@ class _Survey:
             chunk = b"".join(self._undamaged(chunk, here))
         begin, end, ended, ends = self.born.setdefault, self.born.pop, self.ended.append, _ENDS
         lines = _of_tasks(chunk)
-        for line in lines:
-            kind = line[_KIND]
-            if kind == 113:  # queued
-                begin(line[_ID], here)
-            elif kind in ends:
-                id = line[_ID]
-                end(id, None)
-                ended(id)
+        rest = iter(lines)
+        while True:
+            try:
+                for line in rest:
+                    kind = line[_KIND]
+                    if kind == 113:  # queued
+                        begin(line[_ID], here)
+                    elif kind in ends:
+                        id = line[_ID]
+                        end(id, None)
+                        ended(id)
+                break
+            except IndexError:  # sealed, and yet too short for a line of ours
+                self.book.damaged.append(f"byte {here}: not a ledger line of this format")
         if chunk.count(b"\n") != len(lines):  # much faster than to look for "\n* "
             for line in chunk.split(b"\n"):
                 if line[:1] in (b"*", b"#"):

@@ -274,9 +274,9 @@ def _checked(args: argparse.Namespace, name: str) -> Json:
 RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     one.__name__: one
     for one in (
-        ask, check, control, doctor, drain, follow, gate, gc, install, ledger, memory, selftest, serve,
-        session_list, session_reset, session_show, show, status, submit, task_list, uninstall,
-        usage, wait,
+        ask, check, control, doctor, drain, follow, gate, gc, install, ledger, memory, selftest,
+        serve, session_list, session_reset, session_show, show, status, submit, task_list,
+        uninstall, usage, wait,
     )
 }  # fmt: skip
 

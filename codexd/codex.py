@@ -19,7 +19,7 @@ from codexd.command import argv, environment, is_thread_id
 from codexd.events import Reader
 from codexd.quota import retry_at
 from codexd.rollout import Meter, newest_rollout_thread, rollout_message, rollouts, spent, tokens
-from codexd.verdict import classify, judge, sentence
+from codexd.verdict import classify, is_corrupt, judge, sentence
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ __all__ = [
     "env_keys",
     "environment",
     "find",
+    "is_corrupt",
     "is_thread_id",
     "judge",
     "newest_rollout_thread",

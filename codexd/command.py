@@ -16,6 +16,7 @@ import os
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
 
 PROFILE = "codexd"  # the file codexd.config.toml in CODEX_HOME; see `profile`
 PERMISSIONS = "codexd-"  # begins the names of the permission profiles in it
@@ -89,21 +90,38 @@ def argv(
 
 
 def sandboxed(
-    binary: str, *, sandbox: str, profile: str | None, command: Sequence[str]
+    binary: str,
+    *,
+    sandbox: str,
+    profile: str | None,
+    command: Sequence[str],
+    write: Sequence[str] = (),
 ) -> list[str]:
     """The command line that runs `command` as Codex runs those of its model.
 
-    `sandbox` and `profile` are those of `argv`.  The sandbox is always said: without a
-    word it is read-only, whatever config.toml says.  Of the environment only what Codex
-    calls core is passed on, and what the configuration sets: not what Codex itself
-    reads from CODEX_HOME/.env.
+    `sandbox` and `profile` are those of `argv`; `write` are paths that one of our
+    permission profiles is to open besides, even where it denies or only reads them.
+
+    The sandbox is always said: without a word it is read-only, whatever config.toml
+    says.  Of the environment only what Codex calls core is passed on, and what the
+    configuration sets: not what Codex itself reads from CODEX_HOME/.env.
     """
     if sandbox.startswith(PERMISSIONS):
         args = ["-p", PROFILE, "-c", f'default_permissions="{sandbox}"']
+        if write:
+            rules = ", ".join(f'{quoted(path)} = "write"' for path in write)
+            args += ["-c", f"permissions.{sandbox}.filesystem={{{rules}}}"]
     else:
         args = [*(["-p", profile] if profile else []), "-c", f'sandbox_mode="{sandbox}"']
     core = 'shell_environment_policy.inherit="core"'
     return [binary, "sandbox", *args, "-c", core, "--", *command]
+
+
+def quoted(text: str) -> str:
+    """A basic string of TOML."""
+    import json  # costs a worker's start too much
+
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def is_unguided(workdir: str, home: str) -> bool:
@@ -141,6 +159,12 @@ def environment(base: Mapping[str, str], home: str, extra_names: Iterable[str]) 
             del env["TMPDIR"]
     env["CODEX_HOME"] = home
     return env
+
+
+def ending(orders: Mapping[str, Any], argv: list[str]) -> list[str]:
+    """`argv`, which ends with the worker if that is killed: it must not go on unseen."""
+    setpriv = orders.get("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", "--", *argv] if setpriv else argv
 
 
 def spawn(argv: list[str], env: Mapping[str, str], stdin: int) -> tuple[int, int, int]:

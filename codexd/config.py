@@ -181,6 +181,7 @@ class Config:
     launcher: Launcher = Launcher.AUTO
     workdir: Path
     workdirs: tuple[Path, ...]
+    workdir_sharing: bool = True
     timeout: float = 3600.0
     idle_timeout: float = 600.0
     attempts: int = 3
@@ -239,6 +240,7 @@ def _rules(state: Path) -> Rules:
             "launcher": document.choice(Launcher),
             "workdir": path,
             "workdirs": path,
+            "workdir_sharing": document.BOOLEAN,
             "timeout": TIMEOUT,
             "idle_timeout": TIMEOUT,
             "attempts": ATTEMPTS,

@@ -48,7 +48,12 @@ class Control:
         return f"{stem}.{self.verb}"
 
 
-_FORMS = {Verb.HOLD: ("ID", ALL), Verb.RELEASE: ("ID", ALL), Verb.DRAIN: (ALL,), Verb.COMPACT: (ALL,)}
+_FORMS = {
+    Verb.HOLD: ("ID", ALL),
+    Verb.RELEASE: ("ID", ALL),
+    Verb.DRAIN: (ALL,),
+    Verb.COMPACT: (ALL,),
+}
 
 
 def control(name: str) -> Control | None:

@@ -4,6 +4,8 @@ Tasks of one session run one after another, in ledger order: only the oldest
 task of a session that has not ended can start, whatever its state.  So a task
 that is held or waits for its retry holds back those behind it, and a priority
 orders sessions, never the tasks within one.
+
+What a closed gate holds is told by `Gate`; what one workdir for two does, by `ready`.
 """
 
 from __future__ import annotations
@@ -16,27 +18,31 @@ from codexd.model import State, Task
 AFTER, NOT_BEFORE = "after", "not_before"  # reasons to wait that a task's file gives
 
 
+# Reasons that hold only those who use the credential that met them.
+KEYED = frozenset({"quota", "auth"})
+
+
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What holds all dispatch: reason -> the facts it was closed with.
+    """What holds dispatch: reason -> the facts it was closed with.
 
-    A closed reason with `probe` set lets one task through, to find out.
+    One of KEYED holds the tasks with the configured `profile`, or, as in `quota:work`,
+    those with the one it names; any other holds all.  Those in `probes` let one task
+    through, to find out.
     """
 
     closed: Mapping[str, Mapping[str, object]]
     probes: frozenset[str] = frozenset()
+    profile: str | None = None
 
-    @property
-    def is_open(self) -> bool:
-        return not self.closed
+    def held(self, task: Task) -> frozenset[str]:
+        """The reasons that hold this task."""
+        used = task.profile or self.profile
+        return frozenset(reason for reason in self.closed if self._holds(reason, used))
 
-    def width(self, slots: int, running: int) -> int:
-        """How many may start: `slots` when open, one probe, or none."""
-        if self.is_open:
-            return max(0, slots - running)
-        if set(self.closed) <= self.probes and running == 0:
-            return 1
-        return 0
+    def _holds(self, reason: str, profile: str | None) -> bool:
+        name, _, keyed = reason.partition(":")
+        return name not in KEYED or profile == (keyed or self.profile)
 
 
 def heads(tasks: Iterable[Task]) -> dict[str, Task]:
@@ -47,24 +53,72 @@ def heads(tasks: Iterable[Task]) -> dict[str, Task]:
     return first
 
 
-def ready(tasks: Iterable[Task], gate: Gate, slots: int, active: Set[str]) -> list[Task]:
+def ready(
+    tasks: Iterable[Task], gate: Gate, slots: int, active: Set[str], apart: bool = False
+) -> list[Task]:
     """The tasks to start now, at most as many as there are free slots.
 
     `active` are the ids whose worker is still there: a task of them is not
-    started again before it is gone, and its slot is taken.
+    started again before it is gone, and its slot is taken.  `apart`: no two may
+    work in one directory, or one below the other.
     """
     first = heads(tasks)
-    running = {t.id for t in first.values() if t.state is State.RUNNING} | active
-    width = gate.width(slots, len(running))
-    if not width:
+    working = [t for t in first.values() if t.state is State.RUNNING or t.id in active]
+    taken = len({t.id for t in working} | active)
+    if taken >= slots:
         return []
     queued = [t for t in first.values() if _may_start(t) and t.id not in active]
-    if gate.is_open:
-        queued.sort(key=lambda task: -task.priority)  # stable: then ledger order
+    if gate.closed:
+        unknown = len(working) < taken  # a worker of nobody may be of anybody
+        queued = _let(queued, working, gate, unknown)
     else:
-        # The task that met the reason may be the reason: let another find out.
-        queued.sort(key=lambda task: (task.launches, -task.priority))
-    return queued[:width]
+        queued.sort(key=_before)
+    if apart:
+        return _apart(queued, working, slots - taken)
+    return queued[: slots - taken]
+
+
+def _before(task: Task) -> int:
+    return -task.priority  # sorting is stable: then ledger order
+
+
+def _let(queued: list[Task], working: list[Task], gate: Gate, unknown: bool) -> list[Task]:
+    """Those that nothing holds, after one for each reason that may be tried."""
+    held = {task.id: gate.held(task) for task in queued}
+    tried = {reason for task in working for reason in gate.held(task)}
+    probes = []
+    # The task that met the reason may be the reason: let another find out.
+    for task in sorted(queued, key=lambda task: (task.launches, -task.priority)):
+        reasons = held[task.id]
+        if reasons and not unknown and reasons <= gate.probes and not reasons & tried:
+            probes.append(task)
+            tried |= reasons
+    return probes + sorted((t for t in queued if not held[t.id]), key=_before)
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether two workdirs are one, or one lies in the other.  By their names: the master
+    follows no link."""
+    first, second = one.rstrip("/") + "/", other.rstrip("/") + "/"
+    return first.startswith(second) or second.startswith(first)
+
+
+def _apart(queued: list[Task], working: list[Task], width: int) -> list[Task]:
+    chosen: list[Task] = []
+    places = [t.workdir or "/" for t in working]
+    refused: set[str] = set()  # ten thousand may wait for one directory
+    for task in queued:
+        mine = task.workdir or "/"  # nobody knows which: then it may be any
+        if mine in refused:
+            continue
+        if any(overlap(mine, place) for place in places):
+            refused.add(mine)
+            continue
+        chosen.append(task)
+        places.append(mine)
+        if len(chosen) == width:
+            break
+    return chosen
 
 
 def _may_start(task: Task) -> bool:

@@ -127,7 +127,7 @@ def begin(
     told: Mapping[str, object],
 ) -> None:  # fmt: skip
     """Everything that a run reads, for one that has no result yet."""
-    directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+    directory.mkdir(mode=0o750, exist_ok=True)
     (directory / RESULT).unlink(missing_ok=True)
     text = json.dumps(told, ensure_ascii=False) + "\n"
     durable.write(directory / STDIN, text.encode("utf-8", "replace"))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from zlib import crc32
 
-from codexd import clock, place, policy, session, transcript
+from codexd import clock, codex, place, policy, session, transcript
 from codexd.config import Config
 from codexd.evidence import Evidence, Result
 from codexd.exits import Ended
@@ -38,6 +38,7 @@ class Finished:
     close: bool
     ran: bool
     delay: float
+    profile: str | None  # the task's own
 
 
 class Finish:
@@ -55,23 +56,23 @@ class Finish:
     # --- the step ---------------------------------------------------------------
 
     def judge(
-        self, task: Task, ended: Ended | None = None, refused: str | None = None
+        self,
+        task: Task,
+        ended: Ended | None = None,
+        refused: str | None = None,
+        beside: str = "",
     ) -> Finished:
         """Write down what the attempt came to; the event that says so.
 
         `refused` is why the host did not start the worker: a reason to hold all tasks.
+        `beside` is what has to be said of a task that is done.
         Raises OSError when the host refuses; then nothing was said, and the
         same is done again later.
         """
-        found = self.evidence.result(task, ended)
-        if found.outcome is Outcome.THREAD_LOST and found.turned:
-            # A turn in another thread than the one asked for: to begin again would
-            # do the work a second time.
-            found = replace(found, outcome=Outcome.UNKNOWN)
-        if task.cancel and found.outcome is not Outcome.DONE:
-            found = replace(found, outcome=Outcome.CANCELLED, message="cancelled on request")
+        found = _told(task, self.evidence.result(task, ended), beside)
         step = policy.after(
             found.outcome,
+            turned=found.turned,
             attempts=task.attempts,
             limit=task.limit,
             interruptions=task.interruptions,
@@ -79,7 +80,8 @@ class Finish:
             cap=self.config.retry.cap,
             chance=(crc32(f"{task.id}/{task.launches}".encode()) % 1000) / 1000,
         )
-        if found.gate or (refused and not found.began):
+        damaged = codex.is_corrupt(found.outcome, found.message)
+        if found.gate or damaged or (refused and not found.began):
             found = replace(found, outcome=Outcome.HOST, message=refused or found.message)
             step = policy.Step(Kind.QUEUED, counted=False, close=True)
         if step.close and task.launches >= MEETINGS:
@@ -96,7 +98,8 @@ class Finish:
         event = self._event(task, found, step, used)
         if apply(task, event).state.ended:
             self.conclude(apply(task, event), found.answer)
-        return Finished(event, found.outcome, found.message, step.close, found.ran, step.delay)
+        told = found.outcome, found.message, step.close, found.ran, step.delay
+        return Finished(event, *told, task.profile)
 
     def _event(
         self, task: Task, found: Result, step: policy.Step, used: Mapping[str, int]
@@ -211,6 +214,19 @@ class Finish:
             events.append(Event(now, Kind.RUNNING, task.id))
         facts = {"outcome": outcome.value, "message": told.get("message")}
         return [*events, Event(now, kind, task.id, facts)]
+
+
+def _told(task: Task, found: Result, beside: str) -> Result:
+    """What the evidence comes to for this task."""
+    if found.outcome is Outcome.DONE:
+        return replace(found, message=found.message or beside)
+    if task.cancel:
+        return replace(found, outcome=Outcome.CANCELLED, message="cancelled on request")
+    if found.outcome is Outcome.THREAD_LOST and found.turned:
+        # A turn in another thread than the one asked for: to begin again would
+        # do the work a second time.
+        return replace(found, outcome=Outcome.UNKNOWN)
+    return found
 
 
 def _sum(before: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:

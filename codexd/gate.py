@@ -2,9 +2,11 @@
 
 Part of the master.  A spent quota, a failed login, a missing Codex, a full disk,
 `drain` and `hold` are not states of ten thousand tasks; each closes the gate once, by
-one ledger event with its reason.  What codexd can see for itself (Codex, disk,
-the day's tokens) opens it again by looking; what only the service knows (quota, login) is found
-out by letting one task through, at a known time or after growing pauses.
+one ledger event with its reason.  Quota and login are those of a credential, which is
+the CODEX_HOME and the profile: a task with another profile goes on.  What codexd can
+see for itself (Codex, disk, the day's tokens) opens it again by looking; what only the
+service knows (quota, login) is found out by letting one task through, at a known time
+or after growing pauses.
 
 The ledger may be the very thing that cannot be written (a full disk): then the
 reason stands in memory alone, and is told in the heartbeat and the log.
@@ -15,12 +17,12 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from codexd import canary, clock, codex, policy, profile, spool
 from codexd.config import Config
-from codexd.dispatch import Gate
+from codexd.dispatch import KEYED, Gate
 from codexd.ledger import Ledger, LedgerFull
 from codexd.model import Event, Note, Sandbox
 from codexd.outcome import Outcome
@@ -73,8 +75,8 @@ class Keeper:
 
     def gate(self, now: float) -> Gate:
         """What dispatch has to know; `now` is monotonic seconds."""
-        due = {r for r in PROBED if now >= self._probe_at.get(r, 0.0)}
-        return Gate(self.closed, frozenset(due))
+        due = {r for r in self.closed if _is_probed(r) and now >= self._probe_at.get(r, 0.0)}
+        return Gate(self.closed, frozenset(due), self.config.codex.profile)
 
     # --- closing and opening --------------------------------------------------
 
@@ -106,10 +108,14 @@ class Keeper:
             return
         self.told("gate.opened", reason=reason)
 
-    def met(self, outcome: Outcome, message: str) -> None:
-        """A task met a reason to hold all others."""
+    def met(self, outcome: Outcome, message: str, profile: str | None = None) -> None:
+        """A task, with that profile of its own, met a reason to hold the others."""
         reason = outcome.value
+        if reason in KEYED and profile not in (None, self.config.codex.profile):
+            reason = f"{reason}:{profile}"
         until = codex.retry_at(message, time.time()) if outcome is Outcome.QUOTA else None
+        if until is None and reason in self.closed and self._is_put_off(reason):
+            return  # met at the same time by another that was running
         tries = self._tries.get(reason, 0)
         self._tries[reason] = tries + 1
         retry = self.config.retry
@@ -121,17 +127,20 @@ class Keeper:
         self._probe_at[reason] = time.monotonic() + pause
         self.close(reason, message, until)
 
-    def passed(self) -> None:
-        """A task reached the model and came back: quota and login are fine."""
-        for reason in PROBED & self.closed.keys():
-            self.open(reason)
+    def _is_put_off(self, reason: str) -> bool:
+        return self._probe_at.get(reason, 0.0) > time.monotonic()
+
+    def passed(self, reasons: Iterable[str]) -> None:
+        """A task that was let through to try them reached the model: they are over."""
+        for reason in self.closed.keys() & set(reasons):
+            if _is_probed(reason):
+                self.open(reason)
 
     def release(self) -> None:
         """`codexd release`: open what a person closed, try the rest now."""
         for reason in BY_HAND:
             self.open(reason)
-        for reason in PROBED:
-            self._probe_at[reason] = 0.0
+        self._probe_at.clear()
 
     # --- looking --------------------------------------------------------------
 
@@ -242,14 +251,17 @@ class Keeper:
         if login == self._login:
             return
         self._login = login
-        for reason in PROBED:
-            self._probe_at[reason] = 0.0
+        self._probe_at.clear()
         try:
             self.env_keys = codex.env_keys((home / "config.toml").read_text("utf-8"))
         except FileNotFoundError:
             self.env_keys = []
         except (OSError, ValueError) as problem:
             self.warn("codex.config", problem=str(problem))
+
+
+def _is_probed(reason: str) -> bool:
+    return reason.partition(":")[0] in PROBED
 
 
 def _size(bytes: int) -> str:

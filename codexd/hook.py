@@ -7,9 +7,8 @@ status was 0, what happened if not, and the end of what it printed.  The master 
 end of a child; of a unit, ExecStopPost= rings its bell.
 
 Promises: no two runs in one directory at once, and none of an event that has its
-result; what the command started in its own process group ends with it.  The
-result is there whole, or not at all: then the master tries again, and the command may
-see the same event twice.
+result; whatever the command started ends with it.  The result is there whole, or not at
+all: then the master tries again, and the command may see the same event twice.
 
 May fail: whatever the command does is a result.  An order that cannot be read, or a
 directory that cannot be written, is told on stderr, exit status 1.
@@ -32,7 +31,7 @@ from codexd import durable, lock
 GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 KEPT = 64 << 10  # bytes of output, the last ones
 ORDER, STDIN, RESULT = "order.json", "stdin", "result.json"
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
 
 
 class Stopped(Exception):
@@ -182,6 +181,18 @@ def _bind(parent: int) -> None:
         raise Stopped
 
 
+def _end_children() -> None:
+    """Kill what left the command's group: where it lost its parent, it is our child now."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    try:
+        while found := children.read_text().split():
+            for pid in map(int, found):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+    except (FileNotFoundError, PermissionError):
+        return  # a kernel that does not tell, or somebody else's by sudo: the unit ends them
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("codexd-hook", description="tell one event to its hook")
     parser.add_argument("--parent", type=int, metavar="PID", help="end with this process")
@@ -197,11 +208,14 @@ def main() -> None:
         if args.ended:
             ended(args.directory)
         else:
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             run(args.directory)
     except Stopped:
         sys.exit(os.EX_TEMPFAIL)
     except (OSError, ValueError, KeyError, lock.Locked) as problem:
         sys.exit(f"codexd-hook: {args.directory}: {problem}")
+    finally:
+        _end_children()
 
 
 if __name__ == "__main__":

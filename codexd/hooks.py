@@ -64,12 +64,11 @@ class Hooks:
         self.ledger = ledger
         self.told, self.warn, self.error = told, warn, error
         self.runs: Runs = Instances(self.dirs.systemwide) if units else Children()
-        self._commands = config.on
+        self._as_of = config
         self._hooks = {occasion: _Hook() for occasion in Occasion}
         self._running: dict[str, float] = {}  # key -> since when
         self._rest: dict[str, float] = {}  # key -> monotonic time of its next try
         ledger.owing = self.owing
-        self.dirs.hooks.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._resume(time.monotonic())
 
     def owing(self, events: list[Event], gate: Collection[str]) -> list[Event]:
@@ -82,26 +81,23 @@ class Hooks:
 
     def _resume(self, now: float) -> None:
         """Go on where the daemon before has stopped."""
-        there = set(errands.found(self.dirs.hooks))
         for one in self.owed.values():
             if one.until:
                 left = clock.epoch(one.until) - time.time()
                 self._rest[one.key] = now + min(max(left, 0.0), self.config.retry.cap)
-            if one.id in there and errands.result(self.dirs.hooks / one.id, one.key):
-                there.discard(one.id)
+            if errands.result(self._place(one), one.key):
                 self._running[one.key] = now
-        for id in there:
-            # What it was doing, it does again: it has said nothing yet.  Where its unit
-            # goes on, that is started in vain, and its result is taken.
-            if all(one.id != id for one in self.owed.values()):
-                errands.end(self.dirs.hooks / id)
+        # What has no result yet is done again.  Where its unit goes on, that is started in
+        # vain, and its result is taken.
+        for id in set(errands.found(self.dirs.hooks)) - {one.id for one in self.owed.values()}:
+            errands.end(self.dirs.hooks / id)
 
     # --- the round --------------------------------------------------------------
 
     def tend(self, now: float) -> None:
         """Collect what was told, give up what is hopeless, tell what is due."""
-        if self.config.on != self._commands:
-            self._commands = self.config.on  # whoever mends a hook need not wait
+        if self.config is not self._as_of:
+            self._as_of = self.config  # whoever mends a hook need not wait
             self._hooks = {occasion: _Hook() for occasion in Occasion}
             self._rest.clear()
         if self.owed:

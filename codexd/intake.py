@@ -287,7 +287,7 @@ class Intake:
                 "that could be taken before this one"
             )
         if missing:
-            raise Later(tuple(missing))
+            raise Later(tuple(dict.fromkeys(missing)))
         return found or None
 
     def _start(self, request: Request, now: str) -> dict[str, object]:
@@ -311,7 +311,8 @@ class Intake:
             "title": request.title,
             "key": request.key,
             "retry_of": of,
-            "workdir": self.workdir(request),
+            "workdir": os.path.normpath(self.workdir(request)),
+            "profile": request.profile,
             "limit": request.attempts or self.config.attempts,
         }
 

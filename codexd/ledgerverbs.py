@@ -64,8 +64,8 @@ def _verify(dirs: Directories, args: argparse.Namespace) -> int:
             print(report.clean(_summary(looked[-1])))
 
     if args.file is not None:
-        with open(args.file, "rb") as file:
-            look(file)
+        with open(args.file, "rb") as one:
+            look(one)
     else:
         for file in audit.files(dirs):
             look(file)

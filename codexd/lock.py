@@ -1,16 +1,18 @@
 """Locks that the kernel frees: nothing stale is left for a person to remove.
 
-Two locks exist.  `hold` takes the flock on a file, with a deadline: one master
+Three locks exist.  `hold` takes the flock on a file, with a deadline: one master
 for a root.  `hold_thread` takes one byte of CODEX_HOME/.codexd/threads.lock:
 one worker for a Codex thread, the second guard behind the queue's own order.
+`hold_start` takes CODEX_HOME/.codexd/starts.lock: one Codex that begins, since two
+that open its databases at once have raced; it holds for all daemons and units.
 
 Fails with `Locked` when the deadline passes.  Assumes a local file system; NFS
-is not supported.  Lean: the worker uses it.
+is not supported.  Lean: the worker uses it, and before Codex runs: what it does
+not need (`fcntl`) is imported by those who do.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 
@@ -18,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_RETRY = 0.05  # seconds between tries; flock has no wait with a deadline
+_RETRY = 0.02  # seconds between tries; flock has no wait with a deadline
 
 
 class Locked(Exception):
@@ -44,17 +46,17 @@ def hold(path: str | os.PathLike[str], deadline: float) -> int:
     forked and has not yet exec'd still has the descriptor.  So a start waits a
     few seconds before it believes that the lock is held.
     """
+    import fcntl
+
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    try:
-        _wait(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB), deadline, os.fspath(path))
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    take = fcntl.LOCK_EX | fcntl.LOCK_NB
+    return _taken(fd, lambda: fcntl.flock(fd, take), deadline, os.fspath(path))
 
 
 def is_held(path: str | os.PathLike[str]) -> bool:
     """Whether some process holds the flock on `path` now."""
+    import fcntl
+
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -76,15 +78,33 @@ def hold_thread(home: str, thread: str, deadline: float) -> int:
     clean up.  POSIX range locks go with the first close of the file in this
     process, so it must be opened only here, and once.
     """
-    directory = os.path.join(home, ".codexd")
-    os.makedirs(directory, 0o700, exist_ok=True)
-    path = os.path.join(directory, "threads.lock")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    import fcntl
+
+    fd = _open(home, "threads.lock")
     # 60 bits from the random end of the id: version 7 ids begin with the time.
     offset = int(thread.replace("-", "")[-15:], 16)
     take = fcntl.LOCK_EX | fcntl.LOCK_NB
+    return _taken(fd, lambda: fcntl.lockf(fd, take, 1, offset), deadline, f"thread {thread}")
+
+
+def hold_start(home: str, deadline: float) -> int:
+    """Take the lock that Codex is started under; closing the descriptor frees it.
+
+    As of a thread's, its file must be opened only here, and once at a time.
+    """
+    fd = _open(home, "starts.lock")
+    return _taken(fd, lambda: os.lockf(fd, os.F_TLOCK, 1), deadline, f"a start in {home}")
+
+
+def _open(home: str, name: str) -> int:
+    directory = os.path.join(home, ".codexd")
+    os.makedirs(directory, 0o700, exist_ok=True)
+    return os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _taken(fd: int, take: Callable[[], None], deadline: float, what: str) -> int:
     try:
-        _wait(lambda: fcntl.lockf(fd, take, 1, offset), deadline, f"thread {thread}")
+        _wait(take, deadline, what)
     except BaseException:
         os.close(fd)
         raise

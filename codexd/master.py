@@ -70,7 +70,7 @@ class Master:
         )
         self.attempts = Attempts(
             config, self.ledger, self.launcher, self.keeper, self.finish,
-            self.record, self.refused, self.error,
+            self.record, self.refused, self.warn, self.error,
         )  # fmt: skip
         self.daily = Daily(config, self.ledger, self.keeper, self.note, self.warn)
         self.probe = Probe(config, self.launcher, self.keeper)
@@ -120,7 +120,7 @@ class Master:
         facts = {"version": __version__, "pid": os.getpid(), "tasks": len(book.tasks)}
         try:
             self.record([Event(clock.now(), Note.STARTED, facts=facts)])
-            for task in list(book.tasks.values()) if book.damaged else ():
+            for task in list(book.tasks.values()):
                 self.record(self.finish.retold(task))
         except LedgerFull as full:
             self.refused(full)  # the first round closes the gate
@@ -221,6 +221,7 @@ class Master:
             "trouble": self.trouble,
             "damaged": len(self.ledger.book.damaged),
             "gate": self.keeper.closed,
+            "workdir_sharing": self.config.workdir_sharing,
             "today": self.keeper.today(),
             "hooks": self.hooks.summary(),
         }

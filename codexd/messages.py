@@ -14,6 +14,7 @@ IDS: dict[str, str] = {
     "cannot.go.on": "070b03571bf84ead805a1e1e360587ba",
     "cannot.listen": "09520400002048e3b5ac885d8deca761",
     "codex.config": "3fb0af7ae971475b89b0c9cbcb225376",
+    "codex.databases": "7a93077784d54b77b29482724469ad41",
     "codex.found": "8aff8e37fc154c65a609d5892700a8f2",
     "codex.profile": "c59ef7009bad428fad49803b692d462b",
     "config.loaded": "defb2d8097cc41188e1dd49bb267bb19",
@@ -56,5 +57,6 @@ IDS: dict[str, str] = {
     "task.unknown": "13f3e50062f34948b92a9be3af59ec38",
     "task.waiting": "5fb2ec73f37d4f77878839bc461acc30",
     "usage.damaged": "f51b758c5b894421a1372666d2782a36",
+    "workdir.shared": "6853f352df49483cbc0ffbd2a6d16038",
     "worker.refused": "0adef037c8a54808b4f4cbce0f138f86",
 }

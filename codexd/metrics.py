@@ -20,7 +20,7 @@ def render(
     """`health` as View tells it, live tasks by state, HTTP replies by status."""
     gate = health.get("gate")
     closed = frozenset(gate) if isinstance(gate, dict) else frozenset()
-    today = health.get("today")
+    today, hooks = health.get("today"), health.get("hooks")
     live = [state.value for state in State if not state.ended]
     return "".join(
         (
@@ -42,6 +42,11 @@ def render(
                 "tokens_today",
                 "Tokens used since local midnight, as limits.day_tokens counts them.",
                 today.get("tokens") if isinstance(today, dict) else None,
+            ),
+            _single(
+                "hooks_owed",
+                "Events that a hook was not told yet.",
+                hooks.get("owed") if isinstance(hooks, dict) else None,
             ),
             _family(
                 "http_replies_total",

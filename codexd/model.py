@@ -185,6 +185,7 @@ class Task:
     key: str | None = None
     retry_of: str | None = None
     workdir: str | None = None
+    profile: str | None = None
     created: str | None = None
     started: str | None = None
     ended: str | None = None

@@ -1,4 +1,4 @@
-"""What to do after an attempt: one pure table from its outcome.
+"""What to do after an attempt: one pure table from its outcome, and from what Codex had done.
 
 No clock and no chance in here: the caller passes a number between 0 and 1 for
 the jitter, so that judging the same attempt again gives the same step.
@@ -50,6 +50,11 @@ TABLE: dict[Outcome, Then] = {
 }
 
 
+# Said before a turn began, these tell nothing of the task: Codex raced another start
+# for its databases, or somebody else was in the thread.
+PREMATURE = frozenset({Outcome.TRANSIENT, Outcome.THREAD_BUSY})
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """The next event of the task.
@@ -69,6 +74,7 @@ class Step:
 def after(
     outcome: Outcome,
     *,
+    turned: bool,
     attempts: int,
     limit: int,
     interruptions: int,
@@ -78,7 +84,8 @@ def after(
 ) -> Step:
     """The step after an attempt that came to `outcome`.
 
-    `attempts` counts this one; `limit` is the most there may be.
+    `turned`: a turn had begun; `attempts` counts this one; `limit` is the most there
+    may be.
     """
     then = TABLE[outcome]
     if outcome is Outcome.DONE:
@@ -92,6 +99,9 @@ def after(
     if outcome is Outcome.THREAD_LOST and interruptions < INTERRUPTIONS:
         # No turn was run: Codex said so before it asked the model for anything.
         return Step(Kind.QUEUED, counted=False, fresh=True)
+    if outcome in PREMATURE and not turned and interruptions < INTERRUPTIONS:
+        pause = backoff(attempts + interruptions, base, cap, chance)
+        return Step(Kind.WAITING, delay=pause, counted=False)
     if then is Then.FRESH and attempts < limit:
         return Step(Kind.QUEUED, fresh=True)
     if then is Then.RETRY and attempts < limit:

@@ -14,13 +14,12 @@ or a path that cannot be put into a profile.
 
 from __future__ import annotations
 
-import json
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from codexd import canary, durable
+from codexd import canary, command, durable
 from codexd.command import PERMISSIONS, PROFILE
 from codexd.config import Config
 from codexd.model import Sandbox
@@ -228,7 +227,7 @@ def _environment(admin: Mapping[str, Any], env_keys: Iterable[str]) -> list[str]
 def _quoted(value: str) -> str:
     """A basic string of TOML.  Raises ValueError for what is not UTF-8."""
     value.encode()
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return command.quoted(value)
 
 
 def _admin(config: Config) -> dict[str, Any]:

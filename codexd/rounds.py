@@ -80,7 +80,8 @@ class Rounds:
         """Codex until it has ended; what the turn came to."""
         attempt = self.attempt
         limits = {"timeout": self._time(), "thread": self.thread, "tokens": self.tokens}
-        turn = self.turn = Turn(attempt.place, {**attempt.orders, **limits}, *process, self.manager)
+        orders, starting = {**attempt.orders, **limits}, attempt.starting
+        turn = self.turn = Turn(attempt.place, orders, *process, self.manager, starting)
         turn.run(self.wakeup)
         self._spend(turn.cost)
         self.items += turn.reader.items_seen
@@ -130,15 +131,14 @@ class Rounds:
         """Run the check; done if it passes."""
         attempt, line, number = self.attempt, self.wanted["command"], len(self.earlier) + 1
         if self.turn.stop_reason == "interrupted":
-            return Outcome.INTERRUPTED, f"codexd was stopped before the check {line!r}"
+            return Outcome.INTERRUPTED, "codexd was stopped before the check of the turn"
         self.turn.sweep()  # what the turn left running must not disturb
-        profile, env = attempt.orders["profile"], attempt.environment()
         try:
-            process = verify.begin(
-                line, attempt.orders["bin"], attempt.chosen, profile, env, attempt.before
-            )
-        except OSError as problem:
-            return Outcome.HOST, f"cannot start the check {line!r}: {problem}"
+            dirs, env = attempt.add_dirs(), attempt.environment()
+            process = verify.begin(line, attempt.orders, attempt.chosen, dirs, env)
+        except Exception as problem:
+            outcome, why = why_not(problem)
+            return outcome, f"The check of the turn was not run: {why}"
         path = attempt.path(f"verify-{number}.txt")
         check = self.check = verify.Check(line, path, process, self._time(), self.manager)
         check.run(self.wakeup)
@@ -189,7 +189,7 @@ class Rounds:
             stderr=turn.told[:2000].decode("utf-8", "replace"),
             cost={**self.cost, **cgroup.cost(used)},
             rounds=self.earlier,
-            verified=self.check.status if self.check else None,
+            verified=self.check.told if self.check else None,
         )
 
     def _spent(self, turn: Turn) -> tuple[dict[str, int], str | None]:

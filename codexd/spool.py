@@ -81,6 +81,7 @@ def prepare(dirs: Directories) -> None:
         _make(path, _STATE_MODE)
     for path in (dirs.sessions, dirs.transcripts, dirs.keys, dirs.usage, dirs.work, dirs.run):
         _make(path, _STATE_MODE)
+    _make(dirs.hooks, _STATE_MODE)
     _make(dirs.inbox, _INBOX_MODE)
     _make(dirs.codex_home, 0o700)
     _same_file_system(dirs.inbox, dirs.tasks)

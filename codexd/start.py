@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 
-from codexd import command, durable, prompt
+from codexd import command, durable, lock, prompt
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from codexd.service import Service
 
 THREAD_WAIT = 5.0  # seconds to wait for another writer of the thread
+START_WAIT = 30.0  # seconds to wait for other starts on this CODEX_HOME; then it does not
 
 
 class Unfit(Exception):
@@ -55,6 +56,7 @@ class Attempt:
         self.cwd = ""
         self.chosen = ""  # the sandbox
         self.held: str | None = None  # the thread whose lock we have
+        self.starting: int | None = None  # the lock that Codex was started under
 
     def log(self, manager: Service | None, event: str, **fields: object) -> None:
         """A line in the journal, where we are a unit; else the master tells enough."""
@@ -115,11 +117,9 @@ class Attempt:
         hides = plain != ordered and canary.hides(*codex) is None
         return ordered if hides else plain
 
-    @property
-    def before(self) -> list[str]:
-        """What stands before Codex on a command line: if we are killed, it must not go on."""
-        setpriv = self.orders.get("setpriv")
-        return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+    def add_dirs(self) -> list[str]:
+        found = self.request["add_dirs"]
+        return [self.below_roots(path, self.cwd, "directory") for path in found]
 
     def argv(self, thread: str | None, images: Sequence[str]) -> list[str]:
         ask, orders, workdir = self.request, self.orders, self.cwd
@@ -131,13 +131,13 @@ class Attempt:
             model=orders["model"],
             profile=orders["profile"],
             images=[self.below_roots(p, workdir, "image") for p in images],
-            add_dirs=[self.below_roots(p, workdir, "directory") for p in ask["add_dirs"]],
+            add_dirs=self.add_dirs(),
             output_schema=self.below_roots(schema, workdir, "output_schema") if schema else None,
             last_message_file=self.path("last.md"),
             thread=thread,
             unguided=command.is_unguided(workdir, orders["home"]),
         )
-        return [*self.before, *argv]
+        return command.ending(orders, argv)
 
     def remembered(self, workdir: str) -> str:
         """The notes that go into the prompt; never a reason to fail."""
@@ -195,7 +195,7 @@ class Attempt:
         os.chdir(self.cwd)
         if self.orders["thread"]:
             self.hold(self.orders["thread"])
-        return command.spawn(argv, env, self.opened("prompt.md", self.text()))
+        return self.spawn(argv, env, self.opened("prompt.md", self.text()))
 
     def again(self, thread: str, text: str, number: int) -> tuple[int, int, int]:
         """As `begin`, for turn `number` of the attempt, which is given `text`."""
@@ -205,13 +205,23 @@ class Attempt:
         except FileNotFoundError:
             pass  # Codex did not write it
         argv = self.argv(thread, [])
-        return command.spawn(argv, self.environment(), self.opened(f"prompt-{number}.md", text))
+        return self.spawn(argv, self.environment(), self.opened(f"prompt-{number}.md", text))
+
+    def spawn(self, argv: list[str], env: dict[str, str], stdin: int) -> tuple[int, int, int]:
+        """Start Codex when no other begins on this CODEX_HOME; `Turn` lets the next one.
+
+        The lock keeps them from a race for Codex's databases, and is no more than
+        that: what keeps it for too long must not keep us.
+        """
+        try:
+            self.starting = lock.hold_start(self.orders["home"], START_WAIT)
+        except lock.Locked:
+            self.starting = None
+        return command.spawn(argv, env, stdin)
 
     def hold(self, thread: str) -> None:
         """No other worker writes the thread from here on."""
         if self.held != thread:
-            from codexd import lock
-
             lock.hold_thread(self.orders["home"], thread, THREAD_WAIT)
             self.held = thread
 
@@ -235,12 +245,11 @@ class Attempt:
 
 def why_not(problem: Exception) -> tuple[Outcome, str]:
     """Outcome and sentence for what kept Codex from starting."""
-    from codexd.lock import Locked
     from codexd.outcome import Outcome
 
     if isinstance(problem, Unfit | ValueError):
         return Outcome.CONFIG, str(problem)
-    if isinstance(problem, Locked):
+    if isinstance(problem, lock.Locked):
         return Outcome.THREAD_BUSY, f"{problem} is written by another process"
     if isinstance(problem, OSError):
         return Outcome.HOST, f"cannot start Codex: {problem}"

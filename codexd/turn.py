@@ -2,9 +2,12 @@
 
 Owns the files events.jsonl and stderr.txt of the attempt; a further turn of it
 adds to them.  Its clocks besides the time that is left for the task:
-`idle_timeout` without an event, off while a tool is at work; GRACE for a Codex
-that has ended its turn and stays.  Where the task has a budget, what the turn
-has used is looked at every COUNT seconds.
+`idle_timeout` without an event, BUSY times as long while a tool is at work; GRACE
+for a Codex that has ended its turn and stays.  Where the task has a budget, what
+the turn has used is looked at every COUNT seconds.
+
+Keeps the lock that Codex was started under until it has named its thread, for then it
+has opened its databases, but no longer than STARTING.
 
 Raises OSError when its files cannot be made.  Lean: the worker uses it.
 """
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from codexd.service import Service
 
 GRACE = 10.0  # seconds for Codex to exit after the turn has ended
+BUSY = 6.0  # idle timeouts without an event while a tool is at work
+STARTING = 5.0  # seconds for Codex to name its thread while others wait to start
 COUNT = 1.0  # seconds between looks at the tokens
 STDERR_KEPT = 1 << 20
 EVENTS_KEPT = 256 << 20
@@ -41,16 +46,19 @@ class Turn(Child):
         out: int,
         err: int,
         manager: Service | None,
+        starting: int | None = None,
     ) -> None:
         """Of the process `pid`, whose output and errors come from two pipes.
 
         `place` is the attempt's directory, where they are kept; of the `orders`,
-        timeout and tokens are what this turn may use.
+        timeout and tokens are what this turn may use.  `starting` is the lock that
+        the process was started under, which is closed here.
         """
         pipes = {out: self._output, err: self._errors}
         super().__init__(pid, pipes, float(orders["timeout"]), manager)
         self.reader = Reader()
         self.idle = float(orders["idle_timeout"])
+        self._starting = starting
         self.head = self.tail = b""
         self._events = Kept(os.path.join(place, "events.jsonl"), EVENTS_KEPT)
         self._stderr = Kept(os.path.join(place, "stderr.txt"), STDERR_KEPT)
@@ -76,6 +84,8 @@ class Turn(Child):
         self._events.add(data)
         if self.reader.feed(data):
             self.heard = time.monotonic()
+        if self.reader.thread:
+            self._let_others_start()
         if not self.reader.ended:
             self.ended_at = None  # a turn that failed may be followed by another
         elif self.ended_at is None:
@@ -87,7 +97,13 @@ class Turn(Child):
             self.head += data[: _HEAD - len(self.head)]
         self.tail = (self.tail + data)[-_HEAD:]
 
+    def _let_others_start(self) -> None:
+        if self._starting is not None:
+            os.close(self._starting)
+            self._starting = None
+
     def close(self) -> None:
+        self._let_others_start()
         self._events.close()
         self._stderr.close()
         self.reader.finish()
@@ -97,19 +113,28 @@ class Turn(Child):
     def doing(self) -> str:
         return self.reader.activity
 
+    @property
+    def _silence(self) -> float:
+        """Seconds without an event that are too many."""
+        return self.idle * BUSY if self.reader.busy else self.idle
+
     def due(self, now: float) -> str | None:
+        if now >= self.began + STARTING:
+            self._let_others_start()
         if self.ended_at is not None:
             return "grace" if now >= self.ended_at + GRACE else None
         if now >= self.deadline:
             return "timeout"
-        if not self.reader.busy and now >= self.heard + self.idle:
+        if now >= self.heard + self._silence:
             return "stall"
         return "budget" if self._overspent(now) else None
 
     def looks(self) -> list[float]:
         if self.ended_at is not None:
             return [self.ended_at + GRACE]
-        ends = [self.deadline] if self.reader.busy else [self.deadline, self.heard + self.idle]
+        ends = [self.deadline, self.heard + self._silence]
+        if self._starting is not None:
+            ends.append(self.began + STARTING)
         return ends if self._meter is None else [*ends, self._count_at]
 
     def _overspent(self, now: float) -> bool:

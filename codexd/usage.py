@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     used.add_argument("--by", choices=("day", "session", "model"), default="day", metavar="WHAT")
     swept = _verb(verbs, "gc", "gc", "remove what is older than the configuration keeps", "json")
     swept.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
-    _ledger(_verb(verbs, "ledger", None, "the ledger").add_subparsers(required=True, metavar="VERB"))
+    found = _verb(verbs, "ledger", None, "the ledger")
+    _ledger(found.add_subparsers(required=True, metavar="VERB"))
     _verb(verbs, "doctor", "doctor", "is this host ready? what mends it if not", "json")
     for name, what in (
         ("install", "lay down units for this installation"),

@@ -96,6 +96,8 @@ _STARTUP = (
     ),
     (Outcome.AUTH, r"Not logged in|(?:Error: )?Missing environment variable"),
 )
+# What of these means that the databases in CODEX_HOME are damaged.
+_CORRUPT = r"list_turns is not supported yet|disk image is malformed|file is not a database"
 _LOG_LINE = r"\d{4}-\d\d-\d\dT\S+\s+[A-Z]+ |WARNING: |Reading .* from stdin\.\.\."
 
 _STOPPED = {
@@ -258,6 +260,11 @@ def classify(message: str) -> Outcome:
         if re.search(pattern, text):
             return outcome
     return Outcome.UNKNOWN
+
+
+def is_corrupt(outcome: Outcome, message: str) -> bool:
+    """Whether it came to that because Codex's databases are damaged; it can do without."""
+    return outcome is Outcome.HOST and bool(re.match(rf"Error: .*(?:{_CORRUPT})", message))
 
 
 def _by_status(status: int, text: str) -> Outcome:

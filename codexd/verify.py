@@ -1,8 +1,7 @@
 """The task's own check: a command that says by its exit status whether the work is done.
 
 It is run after a turn that ended well, by `codex sandbox`: in the sandbox that
-Codex gives the commands of the model, with no more rights than they have.  It
-may write to the workdir and to temporary directories, not to `add_dirs`.  (With
+Codex gives the commands of the model, with no more rights than they have.  (With
 danger-full-access there is no sandbox, for them as for it.)
 
 Its environment is what Codex calls core (PATH, HOME, USER, LOGNAME, SHELL,
@@ -15,7 +14,7 @@ Whether it was run at all is not told by its status, which it may choose: a mark
 comes before its output.  A program that is missing (127) is one that the model
 may have to write, so it is a failure like any other.
 
-Raises OSError when it cannot be started.  Lean: the worker uses it.
+Raises OSError or ValueError when it cannot be started.  Lean: the worker uses it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from __future__ import annotations
 import os
 import re
 
-from codexd import command
+from codexd import command, durable
 from codexd.child import Child, Kept
 from codexd.codex import sentence
 from codexd.events import plain
@@ -32,6 +31,7 @@ from codexd.outcome import Outcome
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Any
 
     from codexd.service import Service
 
@@ -88,6 +88,11 @@ class Check(Child):
             self._file.add(note.encode() + self._tail)
         self._file.close()
 
+    @property
+    def told(self) -> int | None:
+        """Its exit status, if it came to one by itself."""
+        return self.status if self.ran and self.stop_reason is None else None
+
     def quoted(self) -> tuple[str, bool]:
         """The end of the output, without what could act on a terminal; whether more came
         before it."""
@@ -120,19 +125,33 @@ class Check(Child):
 
 
 def begin(
-    line: str,
-    binary: str,
-    sandbox: str,
-    profile: str | None,
-    env: Mapping[str, str],
-    before: Sequence[str],
+    line: str, orders: Mapping[str, Any], sandbox: str, add_dirs: Sequence[str], env: dict[str, str]
 ) -> tuple[int, int, int]:
     """Start the command `line` in the current directory; as `command.spawn`.
 
-    `sandbox`, `profile` and `env` are those of the turn; `before` is what stands before
-    Codex on a command line.
+    `orders` are those of the attempt; `sandbox`, `add_dirs` and `env` are those of the turn.
     """
-    run = ["/bin/sh", "-c", _RUN, "sh", line]
-    argv = command.sandboxed(binary, sandbox=sandbox, profile=profile, command=run)
+    argv = command.sandboxed(
+        orders["bin"],
+        sandbox=sandbox,
+        profile=orders["profile"],
+        command=["/bin/sh", "-c", _RUN, "sh", line],
+        write=_writable(orders["home"], sandbox, add_dirs),
+    )
     kept = {k: v for k, v in env.items() if k in _GIVEN or k.startswith("LC_")}
-    return command.spawn([*before, *argv], kept, os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+    return command.spawn(
+        command.ending(orders, argv), kept, os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    )
+
+
+def _writable(home: str, sandbox: str, add_dirs: Sequence[str]) -> list[str]:
+    """Those of `add_dirs` that Codex opens to commands of the model.
+
+    None if they may only read, and none that the profile denies by this very name: to
+    say it again here would take the place of that.
+    """
+    if not add_dirs or sandbox != f"{command.PERMISSIONS}workspace-write":
+        return []
+    text = durable.read(os.path.join(home, f"{command.PROFILE}.config.toml"), 1 << 20).decode()
+    rules = text.splitlines()
+    return [path for path in add_dirs if f'{command.quoted(path)} = "deny"' not in rules]

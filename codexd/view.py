@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 
 from codexd import durable, heartbeat, lock, place, session, spend, spool, taskfile
 from codexd.config import Directories
+from codexd.dispatch import overlap
 from codexd.ledger import Follower
 from codexd.model import Event, State, Task, is_id, to_json
 from codexd.outcome import Outcome
@@ -36,10 +37,12 @@ class View:
     def __init__(self, dirs: Directories) -> None:
         self.dirs = dirs
         self._follower = Follower(dirs.ledger, dirs.checkpoint)
+        self._crowd: list[Task] | None = None  # those whose workdir others wait for
         self.damaged: list[str] = []  # days of use that could not be read
 
     def refresh(self) -> None:
         self._follower.refresh()
+        self._crowd = None
 
     def close(self) -> None:
         self._follower.close()
@@ -99,7 +102,22 @@ class View:
     def _told(self, live: Task) -> Json:
         """A live task; of those that it follows, the ones that have not ended."""
         after = tuple(id for id in live.after if id in self._follower.book.tasks)
-        return to_json(replace(live, after=after) if after else live, None, None)
+        found = to_json(replace(live, after=after) if after else live, None, None)
+        if live.state is State.QUEUED and not live.reason and (other := self._in_the_way(live)):
+            why = f"task {other.id} works in {other.workdir} (workdir_sharing: no)"
+            found |= {"reason": "workdir", "message": why}
+        return found
+
+    def _in_the_way(self, queued: Task) -> Task | None:
+        """Who works in its workdir, where two may not; nothing is written down for it."""
+        if self._crowd is None:
+            tasks = self._follower.book.tasks.values()
+            self._crowd = [t for t in tasks if t.state is State.RUNNING]
+            beat = heartbeat.read(self.dirs.heartbeat) if self._crowd else None
+            if beat is None or beat[1].get("workdir_sharing") is not False:
+                self._crowd = []
+        mine = queued.workdir or "/"
+        return next((t for t in self._crowd if overlap(mine, t.workdir or "/")), None)
 
     def live(self) -> list[Task]:
         """Tasks that have not ended, in ledger order."""

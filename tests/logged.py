@@ -11,7 +11,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "codexd"
 # The names under which the master lends its log, each for one level.
 LENT = ("error", "warn", "note", "told")
 # Ledger events that are logged by a name of their own.
-_OTHERWISE = {Note.CLOSED, Note.OPENED, Note.ROTATED}
+_OTHERWISE = {
+    Note.CLOSED, Note.OPENED, Note.ROTATED, Note.OWED, Note.TOLD, Note.DEFERRED, Note.UNTOLD,
+}  # fmt: skip
 
 
 def called(*names: str) -> set[str]:

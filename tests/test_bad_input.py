@@ -108,11 +108,11 @@ def refused(root: Path, *options: str, env: dict[str, str] | None = None) -> tup
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\1"
 KEYS = (
     "session, workdir, model, profile, sandbox, resume, timeout, idle_timeout, priority, "
-    "attempts, key, title, images, add_dirs, output_schema, memory"
+    "after, not_before, attempts, key, title, images, add_dirs, output_schema, memory, "
+    "verify, limits"
 )
 LINE = "allowed: 1 to 200 printable characters on one line"
 WHEN = "a time such as 2026-11-24T02:00 or 2026-11-24T02:00:00Z, or a delay of 1s to 366d"
-LATER = "this version of codexd does not have this key"
 PLAIN = "aliases, anchors and tags are not allowed; quote *, & or !"
 BELOW = "is not below a configured root (ROOT/work); see workdirs in ROOT/codexd.yaml"
 
@@ -287,7 +287,6 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "all.cancel": (
         "", "'all.cancel' ends like a control file (ID.cancel); rename it to end otherwise",
     ),
-    "all.compact": ("", "all.compact: this version of codexd does not have it"),
     "nobody.reset": ("", "there is no session nobody to reset"),
     "a%zz.reset": ("", "'a%zz': '%zz' is no percent-encoding; write % as %25"),
     "%ff.reset": ("", "'%ff' is not percent-encoded UTF-8"),

@@ -196,7 +196,7 @@ def test_ask_with_options(root: Root, tmp_path: Path) -> None:
         (["-o", "prompt=x"], "-o prompt=x: it must be KEY=VALUE, and no prompt"),
         (["-o", "sesion=x"], "sesion: unknown key (did you mean session?); allowed: "),
         (["-o", "priority=10"], "priority: found '10'; allowed: a whole number from 0 to 9"),
-        (["-o", "verify=1"], "verify: this version of codexd does not have this key"),
+        (["-o", "verify=1"], "verify: found '1'; allowed: a mapping of command, rounds"),
         (["-s", "a\nb"], "session: found 'a\\nb'; allowed: 1 to 200 printable characters"),
         (["-s", ""], "session: found ''; allowed: 1 to 200 printable characters"),
         (["--timeout", "soon"], "--timeout soon: it must be a duration from 1s to 24h, such as"),

@@ -13,6 +13,7 @@ import pytest
 
 from codexd import config
 from codexd.config import Config, ConfigError, Directories, Launcher, find, load
+from codexd.delivery import Occasion
 from codexd.document import parse_yaml
 from codexd.model import Sandbox
 
@@ -128,6 +129,8 @@ def test_keys_are_the_fields_of_config(dirs: Directories) -> None:
         value = getattr(found, field.name)
         if is_dataclass(value) and field.name != "dirs":
             known += [f"{field.name}.{inner.name}" for inner in fields(value)]
+        elif field.name == "on":
+            known += [f"on.{occasion}" for occasion in Occasion]
         elif field.name != "dirs":
             known.append(field.name)
     assert known == config.keys()
@@ -220,8 +223,8 @@ def test_root_means_child_processes(tmp_path: Path) -> None:
 # --- mistakes ----------------------------------------------------------------------
 
 TOP = (
-    "workers, launcher, workdir, workdirs, timeout, idle_timeout, attempts, "
-    "codex, memory, prompt, http, retry, limits, retention"
+    "workers, launcher, workdir, workdirs, workdir_sharing, timeout, idle_timeout, attempts, "
+    "codex, memory, prompt, http, retry, limits, retention, on"
 )
 WHOLE = "a whole number from"
 DURATION = "such as 90s, 30m or 2h"
@@ -248,7 +251,16 @@ PATH = "a path: absolute, relative or ~/..., at most 4096 bytes"
             "limits: {day_tokens: 0}",
             f":1: limits.day_tokens: found '0'; allowed: {WHOLE} 1 to 1{'0' * 15}",
         ),
-        ("on: {done: mail}", f":1: on: unknown key; allowed: {TOP}"),
+        (
+            "on: {done: mail}",
+            ":1: on.done: found 'mail'; allowed: the absolute path of a program, and its "
+            "arguments; no shell reads them",
+        ),
+        (
+            "on: {ended: /bin/mail}",
+            ":1: on.ended: unknown key (did you mean opened?); allowed: done, failed, cancelled, "
+            "rejected, closed, opened",
+        ),
         (
             "codex:\n  binary: x",
             f":2: codex.binary: unknown key (did you mean bin?); allowed: {CODEX}",
@@ -360,6 +372,7 @@ def test_below_a_root() -> None:
         "http_socket": "/srv/c/run/http.sock",
         "exits": "/srv/c/run/exits",
         "limits": "/srv/c/run/limits",
+        "hooks": "/srv/c/run/hooks",
         "heartbeat": "/srv/c/run/heartbeat",
         "rooted": "True",
         "systemwide": "False",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from codexd.dispatch import Gate, heads, ready
+from codexd import dispatch
+from codexd.dispatch import Gate, heads, overlap, ready
 from codexd.model import State, Task
 
 OPEN = Gate({})
@@ -68,13 +72,91 @@ def test_ready(
     ],
 )
 def test_the_gate(closed: list[str], probes: list[str], running: int, width: int) -> None:
-    assert Gate({r: {} for r in closed}, frozenset(probes)).width(4, running) == width
+    gate = Gate({r: {} for r in closed}, frozenset(probes))
+    rows = [(f"r{n}", R, "", 5) for n in range(running)] + [(f"q{n}", Q, "", 5) for n in range(9)]
+    assert len(ready(tasks(*rows), gate, 4, set())) == width
+
+
+def of(id: str, profile: str | None = None, workdir: str | None = None, **more: Any) -> Task:
+    return Task(id, profile=profile, workdir=workdir, **more)
+
+
+def test_a_spent_quota_holds_those_with_its_credential() -> None:
+    queue = [of("a"), of("b", "work"), of("c", "home"), of("d", "work")]
+    plain, keyed = Gate({"quota": {}}), Gate({"auth:work": {}})
+    assert [t.id for t in ready(queue, plain, 4, set())] == ["b", "c", "d"]
+    assert [t.id for t in ready(queue, keyed, 4, set())] == ["a", "c"]
+    # What codexd.yaml names is the credential of those that name none.
+    assert [t.id for t in ready(queue, Gate({"quota": {}}, profile="work"), 4, set())] == ["c"]
+    for reason in ("hold", "host", "budget"):
+        assert not ready(queue, Gate({reason: {}}), 4, set())
+
+
+def test_one_probe_for_each_credential() -> None:
+    queue = [of("a"), of("b"), of("c", "work"), of("d", "work"), of("e", "home")]
+    gate = Gate({"quota": {}, "quota:work": {}}, frozenset({"quota", "quota:work"}))
+    assert [t.id for t in ready(queue, gate, 9, set())] == ["a", "c", "e"]
+    assert [t.id for t in ready(queue, gate, 1, set())] == ["a"]
+    queue[0] = replace(queue[0], state=R)
+    assert [t.id for t in ready(queue, gate, 9, set())] == ["c", "e"]
+    # A worker that no live task explains may use any credential.
+    assert [t.id for t in ready(queue, gate, 9, {"z"})] == ["e"]
+    host = Gate({"host": {}, "quota": {}}, frozenset({"host", "quota"}))
+    assert not ready(queue, host, 9, set())
+    queue[0] = replace(queue[0], state=W)
+    assert [t.id for t in ready(queue, host, 9, set())] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("/w", "/w", True),
+        ("/w", "/w/a/b", True),
+        ("/w/a", "/w/ab", False),
+        ("/w/a", "/w/b", False),
+        ("/", "/w", True),
+    ],
+)
+def test_one_workdir_for_two(one: str, other: str, same: bool) -> None:
+    queue = [of("a", workdir=one), of("b", workdir=other), of("c", workdir="/c")]
+    both = ["a", "c"] if same else ["a", "b", "c"]
+    if one == "/":
+        both = ["a"]
+    assert [t.id for t in ready(queue, OPEN, 4, set(), apart=True)] == both
+    assert [t.id for t in ready(queue, OPEN, 4, set())] == ["a", "b", "c"]
+    queue[0] = replace(queue[0], state=R)
+    assert [t.id for t in ready(queue, OPEN, 4, {"a"}, apart=True)] == both[1:]
+    assert overlap(one, other) is overlap(other, one) is same
+
+
+def test_nobody_works_where_a_worker_is_still_there() -> None:
+    """Its task waits for its next attempt, and the one before is not gone."""
+    queue = [of("a", workdir="/w", state=W), of("b", workdir="/w")]
+    assert [t.id for t in ready(queue, OPEN, 4, {"a"}, apart=True)] == []
+    assert [t.id for t in ready(queue, OPEN, 4, set(), apart=True)] == ["b"]
 
 
 def test_a_probe_is_the_task_that_would_come_first() -> None:
     rows = tasks(("a", Q, "", 1), ("b", Q, "", 9))
     gate = Gate({"quota": {}}, frozenset({"quota"}))
     assert [t.id for t in ready(rows, gate, 4, set())] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("bound", "facts"),
+    [
+        ({"after": ("x",)}, {"reason": "after"}),
+        ({"not_before": "T"}, {"reason": "not_before", "until": "T"}),
+        ({"after": ("x",), "not_before": "T"}, {"reason": "after"}),
+    ],
+)
+def test_what_is_bound_does_not_start_and_holds_back_its_session(
+    bound: dict[str, Any], facts: dict[str, str]
+) -> None:
+    first, second = tasks(("a", Q, "s", 5), ("b", Q, "s", 5))
+    bound_one = replace(first, **bound)
+    assert ready([bound_one, second], OPEN, 4, set()) == []
+    assert dispatch.wait(bound_one) == facts
 
 
 def test_heads_are_the_oldest_of_each_session() -> None:

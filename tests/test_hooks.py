@@ -267,6 +267,17 @@ def test_it_ends_with_its_parent(tmp_path: Path) -> None:
     assert not (tmp_path / hook.RESULT).exists()
 
 
+def test_what_leaves_the_command_s_group_ends_too(tmp_path: Path) -> None:
+    (tmp_path / hook.STDIN).write_text("{}")
+    command = ["/bin/sh", "-c", "setsid sleep 300 > /dev/null & echo $!"]
+    asked = {"event": "x.done", "command": command, "env": {"PATH": os.defpath}, "limit": 20}
+    durable.write_json(tmp_path / hook.ORDER, asked)
+    subprocess.run([sys.executable, "-m", "codexd.hook", str(tmp_path)], check=True, timeout=20)
+    found = durable.read_json(tmp_path / hook.RESULT)
+    assert found["problem"] is None
+    assert not Path(f"/proc/{str(found['output']).strip()}").exists()
+
+
 def _told(pid: int) -> Path | None:
     """What a process reads as its input."""
     try:
@@ -443,7 +454,24 @@ def test_a_hook_that_is_no_longer_wanted_is_owed_nothing(told: Told) -> None:
         assert daemon.child is not None
         daemon.child.send_signal(signal.SIGHUP)
         until(told.settled, "it is given up")
-        assert "hook.untold" in daemon.log.read_text()
+        until(lambda: "hook.untold" in daemon.log.read_text(), "and that is said")
+
+
+def test_who_has_mended_a_hook_need_not_wait(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    (told.place / "down").touch()
+    config = told.daemon.root / "codexd.yaml"
+    config.write_text(config.read_text().replace("base: 1s\n  cap: 1s", "base: 1h\n  cap: 1h"))
+    with told.daemon as daemon:
+        daemon.drop("a.md", "hello")
+        until(lambda: "hook.failed" in daemon.log.read_text(), "it has failed")
+        daemon.stop()
+        daemon.start()
+        assert len(told.lines("tried")) == 1, "a new daemon waits as well"
+        told.mend()
+        assert daemon.child is not None
+        daemon.child.send_signal(signal.SIGHUP)
+        until(lambda: told.lines("told"), "it is told")
 
 
 def test_ten_thousand_owed_to_a_hook_that_is_down(told: Told) -> None:

@@ -135,7 +135,7 @@ def test_a_key_in_utf_8_is_the_same_in_header_and_body(held: Web) -> None:
         (b'{"prompt": "x", "promt": "y"}', "promt"),
         (b'{"prompt": "x",\n "priority": 11}', "line 2: priority"),
         (b'{"prompt": "x", "priority": NaN}', "NaN"),
-        (b'{"prompt": "x", "after": "y"}', "this version"),
+        (b'{"prompt": "x", "after": "y"}', "a list of at most 50"),
         (b'{"prompt": "\xff"}', "UTF-8"),
         (b'{"prompt": "\\ud800"}', ""),
         (b'{"prompt": "x", "images": ' + b"[" * 100_000, ""),
@@ -406,6 +406,7 @@ def test_metrics(held: Web) -> None:
     assert 'codexd_gate_closed{reason="codex"} 1' in lines
     assert 'codexd_gate_closed{reason="quota"} 0' in lines
     assert "codexd_tokens_today 0" in lines
+    assert "codexd_hooks_owed 0" in lines
     queued = next(line for line in lines if line.startswith('codexd_tasks{state="queued"}'))
     assert int(queued.split()[1]) == held.ask("GET", "/health").json["queued"]
     assert any(line.startswith('codexd_http_replies_total{code="200"} ') for line in lines)

@@ -131,7 +131,11 @@ def test_usage_of_a_verb(verb: str) -> None:
     text = of_verb(verb)
     usage = text[: text.index(".Pp")]
     assert usage[0] == f".Nm codexd Cm {verb}"
-    takes = [mdoc.words(line) for line in usage if line.startswith(".Ar ")]
+    takes = [
+        [word for word in mdoc.words(line) if word != "Ar"]
+        for line in usage
+        if re.match(r"\.Ar |\.Op Ar [A-Z]", line)
+    ]
     wanted = [
         [str(a.metavar), *(["..."] if a.nargs == "+" else [])]
         for a in VERBS[verb]._actions
@@ -204,7 +208,7 @@ def test_states() -> None:
 
 
 def test_reasons_to_close_the_gate() -> None:
-    seen = {gate.HOLD, gate.CODEX, gate.DISK, gate.BUDGET}
+    seen = {gate.HOLD, gate.DRAIN, gate.CODEX, gate.DISK, gate.BUDGET}
     assert set(named(overview("THE GATE"))) == seen | gate.PROBED
 
 

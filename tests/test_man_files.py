@@ -133,8 +133,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         daemon = Daemon(tmp_path_factory.mktemp("man") / "root", model.environment())
         model.write_config(daemon.dirs.codex_home)
         with daemon:
-            for name in ("a", "b", "c"):
-                daemon.drop(f"{name}.md", f"---\nsession: s\nkey: {name}\n---\n[[say {name}]]\n")
+            check = "verify:\n  command: test -e x || { touch x; exit 1; }\n"
+            for name, more in {"a": "", "b": "", "c": check}.items():
+                front = f"session: s\nkey: {name}\n{more}"
+                daemon.drop(f"{name}.md", f"---\n{front}---\n[[say {name}]]\n")
                 daemon.answer(name)
             assert daemon.stop() == 0
             yield daemon
@@ -177,13 +179,15 @@ def listed(page: str, title: str) -> set[str]:
 def test_files_of_the_state(served: Daemon) -> None:
     there = {path.name for path in served.root.iterdir()} - {"codexd.yaml", "serve.log", "run"}
     there |= {path.name for path in (served.root / "run").iterdir()}
-    told = listed(OVERVIEW, "FILES") | {"heartbeat", "workers"}  # told of in the text
+    told = listed(OVERVIEW, "FILES") | {"heartbeat", "hooks", "workers"}  # told of in the text
     assert told == there
 
 
 def test_files_of_an_attempt(served: Daemon) -> None:
     place = next(served.dirs.archive.glob("*/*/1/started")).parent
-    assert {path.name for path in place.iterdir()} == listed(WORKER, "FILES")
+    there = {path.name for path in served.dirs.archive.glob("*/*/1/*")}
+    there = {re.sub(r"-\d+\.", "-R.", name) for name in there}
+    assert there == listed(WORKER, "FILES")
     assert {path.name for path in place.parent.iterdir()} == {
         "name", "task.json", "status.json", "1",
     }  # fmt: skip

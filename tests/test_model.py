@@ -125,6 +125,7 @@ FULL = {
     "session": "web", "priority": 7, "file": "fix.md", "title": "Fix", "key": "k",
     "workdir": "/w", "launches": 1, "attempts": 1, "thread": "T", "message": "said",
     "until": LATER, "reason": "rate", "started": AT, "created": AT,
+    "after": ("y", "z"), "not_before": AT, "delay": 5.0,
 }  # fmt: skip
 
 
@@ -148,6 +149,10 @@ FULL = {
                      id="fresh-forgets-the-thread"),
         pytest.param(State.RUNNING, Kind.QUEUED, {"fresh": True, "thread": "U"}, {"thread": None},
                      id="fresh-is-stronger"),
+        pytest.param(State.WAITING, Kind.WAITING, {"after": ["x"], "not_before": LATER},
+                     {"after": ("x",), "not_before": LATER}, id="bound-by-a-list-of-json"),
+        pytest.param(State.WAITING, Kind.QUEUED, {"freed": True},
+                     {"after": (), "not_before": None, "delay": None}, id="freed-of-all"),
         pytest.param(State.RUNNING, Kind.DONE, {"outcome": "done", "thread": "U"},
                      {"outcome": Outcome.DONE, "thread": "U", "ended": LATER}, id="an-end"),
         pytest.param(State.RUNNING, Kind.FAILED, {"outcome": Outcome.OOM},
@@ -159,7 +164,8 @@ FULL = {
 def test_facts(was: State, kind: Kind, facts: dict[str, Any], expected: dict[str, Any]) -> None:
     after = apply(task(was, **FULL), Event(LATER, kind, ID, facts))
     assert {name: getattr(after, name) for name in expected} == expected
-    untouched = FULL.keys() - {"until", "reason", "message", "thread"}
+    bound = {"after", "not_before", "delay"}
+    untouched = FULL.keys() - {"until", "reason", "message", "thread"} - (bound & expected.keys())
     assert {name: getattr(after, name) for name in untouched} == {n: FULL[n] for n in untouched}
 
 
@@ -292,6 +298,21 @@ CONTRACT = [
     "usage",
     "cost",
 ]
+
+
+@pytest.mark.parametrize(
+    ("state", "after", "message"),
+    [
+        (State.WAITING, ("a", "b"), "it follows a, b"),
+        (State.WAITING, ("a", "b", "c", "d", "e"), "it follows a, b, c and 2 more"),
+        (State.WAITING, (), None),
+        (State.QUEUED, ("a",), None),
+    ],
+)
+def test_who_waits_for_others_says_so(
+    state: State, after: tuple[str, ...], message: str | None
+) -> None:
+    assert to_json(Task(ID, state, after=after), None, None)["message"] == message
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,9 +45,16 @@ EXPECTED = {
 }
 
 
-def step(outcome: Outcome, attempts: int = 1, interruptions: int = 0, limit: int = 3) -> Step:
+def step(
+    outcome: Outcome,
+    attempts: int = 1,
+    interruptions: int = 0,
+    limit: int = 3,
+    turned: bool = True,
+) -> Step:
     return after(
         outcome,
+        turned=turned,
         attempts=attempts,
         limit=limit,
         interruptions=interruptions,
@@ -67,16 +76,32 @@ def test_after(outcome: Outcome) -> None:
     assert step(outcome, interruptions=INTERRUPTIONS) == worn
 
 
+@pytest.mark.parametrize("outcome", Outcome)
+def test_before_a_turn_nothing_is_held_against_the_task(outcome: Outcome) -> None:
+    first, last, worn = EXPECTED[outcome]
+    if outcome in (Outcome.TRANSIENT, Outcome.THREAD_BUSY):
+        first = last = Step(Kind.WAITING, delay=10.0, counted=False)
+    assert step(outcome, turned=False) == first
+    assert replace(step(outcome, attempts=3, turned=False), delay=last.delay) == last
+    assert step(outcome, interruptions=INTERRUPTIONS, turned=False) == worn
+
+
+def test_what_is_not_counted_waits_ever_longer_too() -> None:
+    delays = [step(Outcome.THREAD_BUSY, 1, n, turned=False).delay for n in range(INTERRUPTIONS)]
+    assert delays == [10, 20, 40, 80, 160]
+
+
 @given(
     st.lists(st.sampled_from([o for o in Outcome if not EXPECTED[o][0].close]), min_size=60),
     st.integers(1, 20),
+    st.booleans(),
 )
-def test_every_task_ends(outcomes: list[Outcome], limit: int) -> None:
+def test_every_task_ends(outcomes: list[Outcome], limit: int, turned: bool) -> None:
     """Whatever an attempt comes to, Codex is started limit + INTERRUPTIONS times at most."""
     attempts = interruptions = starts = 0
     for outcome in outcomes:
         attempts, starts = attempts + 1, starts + 1
-        next_one = step(outcome, attempts, interruptions, limit)
+        next_one = step(outcome, attempts, interruptions, limit, turned)
         if next_one.kind in (Kind.DONE, Kind.FAILED, Kind.CANCELLED):
             break
         if not next_one.counted:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from codexd import schedule, taskfile
+from codexd.ledger import Ledger
+from codexd.model import Event, Kind, Resume
 from tests.box import Box
 from tests.box.host import require
 from tests.daemon import until
@@ -114,6 +116,93 @@ def test_a_bad_file_fails_with_a_reason(root: Path, text: str | None, why: str) 
     assert why in done.stderr
     assert f"{root}/schedules/nightly.md" in done.stderr
     assert inbox(root) == []
+
+
+# --- while earlier ones have not ended ----------------------------------------------------
+
+
+def ledger_of(root: Path, *tasks: tuple[str, Kind | None]) -> None:
+    """A ledger with tasks of these keys, each queued and then maybe moved on."""
+    at = "2026-11-27T02:00:00.000Z"
+    events = []
+    for n, (key, kind) in enumerate(tasks):
+        id = f"20261127t020000-{n:010}"
+        events.append(Event(at, Kind.QUEUED, id, {"file": "x.json", "key": key}))
+        events += [Event(at, kind, id)] if kind else []
+    book = Ledger(root / "tasks.md", root / "checkpoint.json")
+    book.append(events)
+    book.close()
+
+
+RUNS, WAITS, ENDED = Kind.RUNNING, Kind.WAITING, Kind.CANCELLED
+
+
+@pytest.mark.parametrize(
+    ("overlap", "tasks", "delivered"),
+    [
+        (None, [(KEY, RUNS), (KEY, None)], True),
+        ("skip", [], True),
+        ("skip", [(KEY, ENDED)], True),
+        ("skip", [(KEY, RUNS)], False),
+        ("skip", [(KEY, WAITS)], False),
+        ("skip", [("nightly-2-20261127T020000Z", None), ("nightly", None), ("", None)], True),
+        ("queue", [(KEY, RUNS)], True),
+        ("queue", [(KEY, RUNS), (KEY, None)], False),
+        ("queue", [(KEY, WAITS)], False),
+        ("queue", [(KEY, None)], False),
+    ],
+)
+def test_overlap(
+    root: Path, overlap: str | None, tasks: list[tuple[str, Kind | None]], delivered: bool
+) -> None:
+    key = f"overlap: {overlap}\n" if overlap else ""
+    (root / "schedules/nightly.md").write_text(f"---\n{key}priority: 7\n---\nHello.\n")
+    ledger_of(root, *tasks)
+    done, due = run(root, "nightly")
+    assert done.returncode == 0, done.stderr
+    assert bool(inbox(root)) == delivered
+    if delivered:
+        found = taskfile.parse("x.json", (root / "inbox" / f"{due}.json").read_bytes())
+        queued = overlap == "queue"
+        assert (found.priority, found.session) == (7, "nightly" if queued else None)
+        assert found.resume is (Resume.NEVER if queued else Resume.AUTO)
+    else:
+        assert "notice schedule.skipped" in done.stderr
+        assert f"of {KEY} is" in done.stderr
+        assert f"(overlap: {overlap})" in done.stderr
+
+
+def test_a_session_of_its_own_stays(root: Path) -> None:
+    text = "---\noverlap: queue\nsession: web\n---\nHello.\n"
+    (root / "schedules/nightly.md").write_text(text)
+    _, due = run(root, "nightly")
+    found = taskfile.parse("x.json", (root / "inbox" / f"{due}.json").read_bytes())
+    assert (found.session, found.resume) == ("web", Resume.AUTO)
+
+
+def test_what_has_not_ended_must_be_known(root: Path) -> None:
+    (root / "schedules/nightly.md").write_text("---\noverlap: skip\n---\nHello.\n")
+    (root / "tasks.md").mkdir()
+    done, _ = run(root, "nightly")
+    assert done.returncode == 1
+    assert "error schedule.refused" in done.stderr
+    assert inbox(root) == []
+
+
+def test_overlap_is_no_key_of_a_task(root: Path) -> None:
+    text = "---\noverlap: later\n---\nHello.\n"
+    (root / "schedules/nightly.md").write_text(text)
+    done, _ = run(root, "nightly")
+    assert "line 2: overlap: found 'later'; allowed: skip, queue" in done.stderr
+    (root / "schedules/good.md").write_text(text.replace("later", "skip"))
+    (root / "good.md").write_text(text.replace("later", "skip"))
+    check = [sys.executable, "-m", "codexd.cli", "--root", root, "check"]
+    found = [
+        subprocess.run([*check, path], capture_output=True, text=True, timeout=60)
+        for path in (root / "schedules/good.md", root / "good.md")
+    ]
+    assert [one.returncode for one in found] == [0, 1]
+    assert "overlap: unknown key" in found[1].stdout
 
 
 def test_an_inbox_that_is_missing(root: Path) -> None:
@@ -235,6 +324,25 @@ def test_what_was_due_while_off_is_made_up_for_once(codexd: Installed) -> None:
     codexd.box.run("systemctl", "stop", "codexd-schedule@missed.timer")
     assert codexd.box.run("stat", "--format=%y", stamp).stdout == when, "it did not elapse again"
     assert len(delivered(codexd, "missed")) == 1
+
+
+@pytest.mark.xdist_group("box")
+def test_the_unit_may_read_the_ledger(codexd: Installed) -> None:
+    """And of the state nothing else that matters."""
+    add(
+        codexd,
+        "lonely",
+        "---\noverlap: skip\n---\n[[hold lonely]][[say done]]",
+        "OnCalendar=yearly",
+    )
+    for _ in range(2):
+        codexd.box.run("systemctl", "start", "codexd-schedule@lonely.service")
+        until(lambda: not codexd.box.run("ls", f"{SPOOL}/inbox").stdout, "it is taken")
+    match = ("CODEXD_EVENT=schedule.skipped", "_SYSTEMD_UNIT=codexd-schedule@lonely.service")
+    assert "(overlap: skip)" in codexd.box.journal(*match)[0]["MESSAGE"]
+    assert len(delivered(codexd, "lonely")) == 1
+    codexd.release("lonely")
+    done(codexd, "lonely", 1)
 
 
 @pytest.mark.xdist_group("box")

@@ -85,6 +85,20 @@ def test_status_is_for_people(codexd: Installed) -> None:
     codexd.ended("long")
 
 
+def test_the_check_of_a_task(codexd: Installed) -> None:
+    wait = "until test -e mend; do sleep 0.1; done"
+    front = f"verify: {{command: 'test -e mend || {{ touch asked; {wait}; false; }}'}}\n"
+    codexd.drop(f"---\n{front}---\n[[say a]]", "checked.md")
+    id = codexd.running("checked")
+    asked = ("test", "-e", f"{STATE}/work/asked")
+    until(lambda: codexd.box.run(*asked, check=False).returncode == 0, "the check runs")
+    shown = codexd.box.show(unit(id), "StatusText")["StatusText"]
+    assert shown.startswith("verifying: test -e mend")
+    codexd.box.run("touch", f"{STATE}/work/mend")
+    assert codexd.ended("checked")["state"] == "done"
+    codexd.wait_gone()
+
+
 # --- who ended what ------------------------------------------------------------------------
 
 

@@ -252,7 +252,8 @@ def test_values_that_are_refused(text: str, message: str) -> None:
 
 KEYS = (
     "session, workdir, model, profile, sandbox, resume, timeout, idle_timeout, priority, "
-    "attempts, key, title, images, add_dirs, output_schema, memory, verify, limits"
+    "after, not_before, attempts, key, title, images, add_dirs, output_schema, memory, "
+    "verify, limits"
 )
 
 
@@ -365,8 +366,7 @@ REQUESTS = st.builds(
     add_dirs=st.lists(PATHS, max_size=3).map(tuple),
     output_schema=st.none() | PATHS,
     memory=st.booleans(),
-    verify=st.none()
-    | st.fixed_dictionaries({"command": LINES, "rounds": st.integers(1, 10)}),
+    verify=st.none() | st.fixed_dictionaries({"command": LINES, "rounds": st.integers(1, 10)}),
 )
 
 
@@ -455,6 +455,7 @@ def test_not_ignored(name: str) -> None:
         ("all.hold", Verb.HOLD, "all"),
         ("all.release", Verb.RELEASE, "all"),
         ("all.drain", Verb.DRAIN, "all"),
+        ("all.compact", Verb.COMPACT, "all"),
         ("website.reset", Verb.RESET, "website"),
         ("all.reset", Verb.RESET, "all"),
         ("a%2Fb.reset", Verb.RESET, "a/b"),
@@ -479,6 +480,7 @@ def test_control_files(name: str, verb: Verb, target: str) -> None:
         f"{ID}.CANCEL",
         ID,
         "notes.drain",
+        "notes.compact",
         "all.md",
         "x.reset.md",
     ],
@@ -490,7 +492,6 @@ def test_other_names_are_no_control_files(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("all.compact", "all.compact: this version of codexd does not have it"),
         ("all.cancel", f"'all.cancel' ends like a control file (ID.cancel); {RENAME}"),
         ("fix.hold", f"'fix.hold' ends like a control file (ID.hold or all.hold); {RENAME}"),
         ("\x1b.retry", rf"'\x1b.retry' ends like a control file (ID.retry); {RENAME}"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from codexd.events import Reader
 from codexd.outcome import Outcome
-from codexd.verdict import SENTENCE, classify, judge, sentence
+from codexd.verdict import SENTENCE, classify, is_corrupt, judge, sentence
 from tests.recordings import OUTCOMES, RECORDINGS
 
 # A machine under load is no failure.
@@ -314,6 +314,23 @@ def test_classify(message: str, outcome: str) -> None:
 )
 def test_why_no_turn_began(stderr: str, outcome: str) -> None:
     assert run(status=1, stderr=stderr)[0].value == outcome
+
+
+@pytest.mark.parametrize(
+    ("stderr", "corrupt"),
+    [
+        ("Error: thread/resume failed: list_turns is not supported yet (code -32601)", True),
+        ("Error: failed to open thread history DB: (code: 11) database disk image is malf", False),
+        ("Error: failed to open x: (code: 11) database disk image is malformed (code -1)", True),
+        ("Error: failed to open x: (code: 26) file is not a database", True),
+        ("Error: failed to open log DB: (code: 5) database is locked", False),
+        ("Error: failed to initialize in-process app-server client: x", False),
+    ],
+)
+def test_damaged_databases(stderr: str, corrupt: bool) -> None:
+    assert is_corrupt(*run(status=1, stderr=stderr)) is corrupt
+    assert not is_corrupt(*run(STARTED, TURN, status=1, stderr=stderr))
+    assert not is_corrupt(*run(STARTED, TURN, failed(stderr), status=1))
 
 
 def test_exit_statuses_without_words() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -70,8 +71,9 @@ def attempt(daemon: Daemon, name: str, number: int = 1) -> Path:
     """The directory of an attempt of a task that has ended."""
     id = daemon.answer(name)[0]["id"]
     month = f"{id[:4]}-{id[4:6]}"
-    path = daemon.dirs.archive / month / id / str(number)
-    return until(lambda: path.is_dir() and path, f"the archive of {name}")
+    path: Path = daemon.dirs.archive / month / id / str(number)
+    until(path.is_dir, f"the archive of {name}")
+    return path
 
 
 def result(daemon: Daemon, name: str, number: int = 1) -> dict[str, Any]:
@@ -160,6 +162,14 @@ def test_a_turn_that_fails_is_not_checked(daemon: Daemon) -> None:
     assert len(result(daemon, "b")["rounds"]) == 1
 
 
+def test_a_check_that_fails_proves_the_quota_is_there(daemon: Daemon) -> None:
+    drop(daemon, "a", {"command": "false", "rounds": 1}, "[[first 1 insufficient]] [[say x]]")
+    until(lambda: any("**closed**" in line for line in daemon.events()), "the gate to close")
+    assert daemon.run("release").returncode == 0
+    assert daemon.answer("a")[0]["outcome"] == "verify"
+    until(lambda: any("**opened**" in line for line in daemon.events()), "the gate to open")
+
+
 # --- what it may do --------------------------------------------------------------------
 
 
@@ -184,6 +194,27 @@ def test_the_check_is_in_the_sandbox_and_has_no_key(daemon: Daemon, place: Path)
         assert (daemon.dirs.work / "mine").exists() == (sandbox == "workspace-write")
         (daemon.dirs.work / "mine").unlink(missing_ok=True)
     assert not outside.exists()
+
+
+def test_directories_of_the_task(daemon: Daemon, place: Path) -> None:
+    """Writable as for the model, and no more than that."""
+    daemon.stop()
+    tasks, other = daemon.dirs.tasks, place / "other"
+    other.mkdir()
+    settings = daemon.root / "codexd.yaml"
+    settings.write_text(f"{settings.read_text()}workdirs: [{place}]\n")
+    daemon.start()
+    command = f"touch {other}/here; ls {tasks}; touch {tasks}/here {place}/here"
+    for sandbox in ("workspace-write", "read-only"):
+        keys = {"sandbox": sandbox, "add_dirs": [str(other), str(tasks)]}
+        drop(daemon, sandbox[:4], {"command": command, "rounds": 1}, f"[[shell {command}]]", **keys)
+        assert daemon.answer(sandbox[:4])[0]["outcome"] == "verify"
+        assert (other / "here").exists() == (sandbox == "workspace-write")
+        (other / "here").unlink(missing_ok=True)
+        said = (attempt(daemon, sandbox[:4]) / "verify-1.txt").read_text()
+        assert "ls: " in said  # denied
+    assert not (tasks / "here").exists()
+    assert not (place / "here").exists()
 
 
 def test_without_a_sandbox_it_is_still_without_keys(daemon: Daemon, place: Path) -> None:
@@ -256,9 +287,11 @@ def test_cancel_ends_the_check(daemon: Daemon) -> None:
     gone("86312")
 
 
-@pytest.mark.parametrize("whom", ["worker", "all"])
-def test_a_killed_worker_has_not_verified(daemon: Daemon, model: Mender, whom: str) -> None:
-    check = {"command": "test -e pass || { touch began; sleep 86313; }", "rounds": 1}
+@pytest.mark.parametrize(("whom", "number"), [("worker", 86313), ("all", 86315)])
+def test_a_killed_worker_has_not_verified(
+    daemon: Daemon, model: Mender, whom: str, number: int
+) -> None:
+    check = {"command": f"test -e pass || {{ touch began; sleep {number}; }}", "rounds": 1}
     drop(daemon, "a", check, "[[say NONCE]]")
     until((daemon.dirs.work / "began").exists, "the check to begin")
     id = daemon.tasks()[0]["id"]
@@ -266,6 +299,7 @@ def test_a_killed_worker_has_not_verified(daemon: Daemon, model: Mender, whom: s
     (daemon.dirs.work / "pass").touch()
     if whom == "all":
         assert daemon.child is not None
+        kill(workers, signal.SIGSTOP)  # or it would still end the check
         daemon.child.kill()
         daemon.child.wait()
     kill(workers)
@@ -281,7 +315,7 @@ def test_a_killed_worker_has_not_verified(daemon: Daemon, model: Mender, whom: s
     assert prompts[1].startswith(prompt.RESUMED[:60])
     assert not (attempt(daemon, "a") / "result.json").exists()
     assert result(daemon, "a", 2)["verified"] == 0
-    assert not naming("86313")
+    assert not naming(f"sleep {number}")
 
 
 def test_the_end_of_the_daemon_interrupts_the_check(daemon: Daemon, model: Mender) -> None:
@@ -296,7 +330,7 @@ def test_the_end_of_the_daemon_interrupts_the_check(daemon: Daemon, model: Mende
     assert (front["state"], front["attempts"]) == ("done", 1)
     first = result(daemon, "a")
     assert (first["outcome"], first["stop_reason"]) == ("interrupted", "interrupted")
-    assert first["verified"] != 0
+    assert first["verified"] is None
 
 
 def test_tokens_of_earlier_rounds_count(daemon: Daemon, place: Path, model: Mender) -> None:

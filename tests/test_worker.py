@@ -23,7 +23,7 @@ FAKE = Path(__file__).parent / "bin" / "codex"
 # empty Python has.  A module more costs every task its time: measure before.
 IMPORTS = {
     "__future__", "_json", "codexd", "codexd.canary", "codexd.command", "codexd.durable",
-    "codexd.prompt",
+    "codexd.lock", "codexd.prompt",
     "codexd.start", "codexd.worker",
     # os, and what it needs:
     "_collections_abc", "_stat", "genericpath", "os", "os.path", "posixpath", "stat",

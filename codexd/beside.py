@@ -1,0 +1,76 @@
+"""Sessions that worked in one directory at the same time: what each of them must say.
+
+Part of the master.  That two tasks may share a workdir is the default; that both
+changed something there, while both were running, is told in the answer and the log.
+Looked at when the first of them ends.  The other gets a file `beside` in its
+directory, so that it is said after a restart as well.
+
+A task may have changed something when Codex ran a command, an edit or a tool for it,
+in a sandbox that lets it write.  Directories are compared by their names.
+
+Raises OSError.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from codexd import durable, place
+from codexd.directories import Directories
+from codexd.dispatch import overlap
+from codexd.model import State, Task
+
+_FILE = "beside"
+_LOOK = 16 << 20  # bytes of its events; one that writes does not talk for so long before
+# No text can hold this: within a string of JSON the quotes are escaped.
+_WRITES = re.compile(rb'"type":\s*"(?:command_execution|file_change|mcp_tool_call)"')
+
+
+class Beside:
+    """Looks at tasks that end."""
+
+    def __init__(
+        self, dirs: Directories, tasks: Mapping[str, Task], told: Callable[..., None]
+    ) -> None:
+        """`tasks` are the live ones; `told` is the master's log of warnings."""
+        self.dirs = dirs
+        self.tasks = tasks
+        self.told = told
+
+    def look(self, task: Task) -> str:
+        """What a running task whose attempt has ended must say; "" if nothing."""
+        others = [t for t in self.tasks.values() if t.id != task.id and _meet(t, task)]
+        if others and self._may_write(task):
+            for other in filter(self._may_write, others):
+                self._note(task, other)
+                self._note(other, task)
+        try:
+            return durable.read(self.dirs.tasks / task.id / _FILE, 4096).decode("utf-8", "replace")
+        except FileNotFoundError:
+            return ""
+
+    def _may_write(self, task: Task) -> bool:
+        here = place.attempt(self.dirs, task.id, task.launches)
+        try:
+            orders = durable.read_json(here / "attempt.json")
+            with open(here / "events.jsonl", "rb") as events:
+                said = events.read(_LOOK)
+        except (FileNotFoundError, ValueError):
+            return False  # it did not come so far, or it will be said to be damaged
+        return not str(orders.get("sandbox")).endswith("read-only") and bool(_WRITES.search(said))
+
+    def _note(self, task: Task, other: Task) -> None:
+        """The first that it met is enough."""
+        path = self.dirs.tasks / task.id / _FILE
+        if not path.exists():
+            text = f"task {other.id} worked in {other.workdir} at the same time"
+            if other.session:
+                text = text.replace("worked", f"of session {other.session} worked")
+            durable.write(path, f"{text}; both may have changed files there".encode())
+            self.told("workdir.shared", task=task.id, session=task.session, with_task=other.id)
+
+
+def _meet(one: Task, other: Task) -> bool:
+    places = one.workdir, other.workdir
+    return one.state is State.RUNNING and all(places) and overlap(str(places[0]), str(places[1]))

@@ -1,0 +1,129 @@
+"""The kill loop: a daemon under load whose parts are killed at random moments.
+
+    python -m tests.proof.kills [--cycles N] [--seed N]
+
+Each cycle ends with SIGKILL for the master, workers, Codex, the HTTP server, or all at
+once, often before the daemon was up again.  After every run of CYCLES the load ends, what
+is left is done, and the oracle is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from codexd.model import Kind
+from tests.daemon import until
+from tests.processes import kill
+from tests.proof import oracle
+from tests.proof.load import Load
+from tests.proof.place import Place, report, scratch, seed_of
+
+CYCLES = 25  # kills of one run
+VICTIMS = {"master": 8, "worker": 6, "codex": 3, "http": 2, "all": 5}
+
+
+class Killer:
+    """One root, and who is killed in it."""
+
+    def __init__(self, home: Path, chance: random.Random) -> None:
+        self.place = Place(home, home / "root", http=True)
+        self.place.work(0.0, 0.4)
+        self.chance = chance
+        self.killed: Counter[str] = Counter()
+
+    def wait(self) -> None:
+        """Until the next kill: mostly in mid-work, at times while it starts."""
+        time.sleep(self.chance.uniform(0.02, 0.5))
+        if self.chance.random() < 0.75:
+            socket = self.place.dirs.http_socket
+            until(lambda: socket.exists() or not self.place.up(), "the daemon", 20)
+            time.sleep(self.chance.uniform(0.0, 0.6))
+
+    def strike(self) -> None:
+        """Kill one or more, and see to it that there is a daemon again."""
+        victim = self.chance.choices(list(VICTIMS), list(VICTIMS.values()))[0]
+        self.killed[victim] += 1
+        if victim == "all":
+            self.place.kill()
+        elif victim == "master":
+            assert self.place.child is not None
+            self.place.child.kill()
+            self.place.reap()
+        else:
+            words = {"worker": "--tasks", "codex": "exec --json", "http": "codexd.http"}[victim]
+            found = self.place.find(words)
+            kill(found if self.chance.random() < 0.3 else found[:1])
+        if not self.place.up():
+            if self.place.child is not None:
+                self.place.reap()
+            self.place.launch()
+
+
+def run(name: str, seed: int, cycles: int, figures: Counter[str]) -> list[str]:
+    """One run on a fresh root; what the oracle says."""
+    home = scratch(name)
+    chance = random.Random(seed)
+    killer = Killer(home, chance)
+    load = Load(killer.place, random.Random(seed + 1), 9.0, http=True)
+    killer.place.launch()
+    until(lambda: killer.place.dirs.inbox.is_dir(), "the inbox", 20)
+    load.begin()
+    try:
+        for _ in range(cycles):
+            killer.wait()
+            killer.strike()
+    finally:
+        load.end()
+    problems = []
+    try:
+        load.drain()
+    except TimeoutError as error:
+        problems.append(f"{error}; see {home}")
+    killer.place.stop()
+    problems += oracle.check(killer.place, load.acknowledged)
+    count(killer, load, figures)
+    if problems:
+        problems.append(f"seed {seed}; its root is kept in {home}")
+    else:
+        shutil.rmtree(home)
+    return problems
+
+
+def count(killer: Killer, load: Load, figures: Counter[str]) -> None:
+    told, starts = oracle.story(killer.place, []), killer.place.starts()
+    figures["kills"] += sum(killer.killed.values())
+    figures.update({f"killed_{victim}": n for victim, n in killer.killed.items()})
+    figures["tasks"] += len(told.accepted)
+    figures["acknowledged"] += len(load.acknowledged)
+    figures["accepted_by_http"] += load.sent.get("202", 0)
+    figures["starts"] += len(starts)
+    figures["resumed"] += sum(start["told"] and start["thread"] is not None for start in starts)
+    figures["rotations"] += told.kinds["rotated"]
+    for kind in (Kind.DONE, Kind.CANCELLED, Kind.FAILED):
+        figures[kind] += told.kinds[kind]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="kill the daemon at random moments")
+    parser.add_argument("--cycles", type=int, default=300)
+    parser.add_argument("--seed", type=int)
+    args = parser.parse_args()
+    seed, began = seed_of(args), time.monotonic()
+    figures: Counter[str] = Counter()
+    problems = []
+    for first in range(0, args.cycles, CYCLES):
+        cycles = min(CYCLES, args.cycles - first)
+        problems += run(f"kills-{first}", seed + first, cycles, figures)
+        if len(problems) > 20:
+            break
+    return report("kills", problems, began, dict(figures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""The syscall sweep: every call that changes or opens a file of ours is killed, or refused.
+
+    python -m tests.proof.sweep [--sample N] [--scene NAME] [--jobs N] [--seed N]
+
+Each scene is recorded once under strace; each of its calls below the root is a point, which
+is played again with SIGKILL at the call, and with EIO, ENOSPC and EINTR from it.  Every point
+must fire.  After an error the daemon has to go on by itself, or end; then it is started
+again without strace, and the oracle is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tests.daemon import until
+from tests.processes import gone, kill
+from tests.proof import oracle, scenes
+from tests.proof.place import Place, report, scratch, seed_of
+from tests.proof.scenes import ACKNOWLEDGED, FIRST, SCENES, SECOND, Template
+
+CALLS = (
+    "openat,write,pwrite64,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,"
+    "mkdir,mkdirat,link,linkat,ftruncate,chmod,fchmod,fchmodat,utimensat"
+)
+FAULTS = ("KILL", "EIO", "ENOSPC", "EINTR")
+_CALL = re.compile(r"([a-z0-9]+)\(")
+TRIES = 8  # the order of some calls depends on the moment
+
+
+@dataclass(frozen=True)
+class Point:
+    """Call number `when` of `call` in a scene, and what happens there."""
+
+    scene: str
+    call: str
+    when: int
+    fault: str
+
+    def __str__(self) -> str:
+        return f"{self.scene} {self.call}#{self.when} {self.fault}"
+
+    @property
+    def inject(self) -> str:
+        what = "signal=KILL" if self.fault == "KILL" else f"error={self.fault}"
+        return f"inject={self.call}:{what}:when={self.when}"
+
+
+# --- one run under strace ---------------------------------------------------------------
+
+
+def traced(place: Place, scene: scenes.Scene, *inject: str) -> tuple[int, list[str]]:
+    """Play a scene; the status of its process as of wait(2), and its calls."""
+    gate, ours = os.pipe()
+    pid = scenes.forked(partial(_wait_then, gate, ours, place, scene))
+    os.close(gate)
+    log = place.log.with_name("strace.log")
+    options = ["-y", "-o", str(log), "-e", f"trace={CALLS}", "-e", "signal=none"]
+    command = ["strace", *options, *inject, "-p", str(pid)]
+    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert tracer.stderr is not None
+    said = tracer.stderr.readline()
+    if "attached" not in said:
+        kill([pid])
+        raise RuntimeError(f"strace: {said}")
+    os.write(ours, b".")
+    os.close(ours)
+    _, status = os.waitpid(pid, 0)
+    tracer.communicate(timeout=20)
+    return status, log.read_text(errors="replace").splitlines()
+
+
+def _wait_then(gate: int, ours: int, place: Place, scene: scenes.Scene) -> None:
+    """In the child: until strace is there."""
+    import ctypes
+
+    os.close(ours)
+    ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1 % (1 << 64)), 0, 0, 0)  # PR_SET_PTRACER
+    os.read(gate, 1)
+    if scene.worker:
+        scenes.work(place, FIRST)
+    scenes.drive(place, scene.goal)
+
+
+def calls(lines: list[str], root: Path) -> list[tuple[str, int, bool]]:
+    """Each call: its name, its number among those of its name, and whether it is below the root."""
+    found: list[tuple[str, int, bool]] = []
+    numbers: Counter[str] = Counter()
+    for line in lines:
+        if name := _CALL.match(line):
+            numbers[name[1]] += 1
+            found.append((name[1], numbers[name[1]], f"{root}/" in line))
+    return found
+
+
+def points(template: Template) -> list[Point]:
+    """All of a scene: what two recordings agree on."""
+    seen: list[set[tuple[str, int]]] = []
+    for _ in range(2):
+        place = template.fresh()
+        status, lines = traced(place, template.scene)
+        if status:
+            raise RuntimeError(f"{template.scene.name}: {status}: {place.log.read_text()[-2000:]}")
+        settle(place)
+        seen.append({(name, n) for name, n, ours in calls(lines, place.root) if ours})
+    both = sorted(seen[0] & seen[1])
+    return [Point(template.scene.name, *one, fault) for one in both for fault in FAULTS]
+
+
+# --- one point --------------------------------------------------------------------------
+
+
+def fired(point: Point, status: int, lines: list[str], root: Path) -> bool:
+    """Whether it happened, at a call of ours."""
+    if point.fault == "KILL":
+        found = calls(lines, root)
+        return os.WTERMSIG(status) == signal.SIGKILL and found[-1] == (point.call, point.when, True)
+    return any("(INJECTED)" in line and f"{root}/" in line for line in lines)
+
+
+def play(template: Template, point: Point) -> tuple[list[str], int]:
+    """What the oracle says of a point, and how often it was tried until it fired."""
+    for tries in range(1, TRIES + 1):
+        place = template.fresh()
+        status, lines = traced(place, template.scene, "-e", point.inject)
+        if fired(point, status, lines, place.root):
+            break
+        settle(place)
+    else:
+        return [f"{point}: never fired"], TRIES
+    problems = []
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+        problems.append("it did not go on by itself")
+    settle(place)
+    problems += recover(place)
+    return [f"{point}: {problem}" for problem in problems], tries
+
+
+def settle(place: Place) -> None:
+    """Until nothing of the daemon before is left: some end by themselves, the rest is killed."""
+    try:
+        gone(str(place.root), 1.0)
+    except TimeoutError:
+        kill(place.processes())
+        gone(str(place.root))
+
+
+def recover(place: Place) -> list[str]:
+    """Start again, let everything be done, ask the oracle."""
+    for name in ("all.release", f"{SECOND}.release"):
+        scenes.deliver(place, name)
+    told = list(ACKNOWLEDGED)
+    names = {*os.listdir(place.dirs.inbox), *os.listdir(place.dirs.tasks)}
+    told += [SECOND] if any(SECOND in name for name in names) else []
+    try:
+        scenes.until_over(place, scenes.nothing_left)
+    except RuntimeError as error:
+        return [str(error)]
+    problems = oracle.check(place, told)
+    late = [p for p in place.root.rglob(".*.tmp") if p.parent != place.dirs.inbox]
+    return problems + [f"left behind: {path}" for path in late]
+
+
+# --- the sweep ----------------------------------------------------------------------------
+
+
+def shard(home: Path, args: argparse.Namespace, seed: int, number: int) -> Iterator[tuple[str, int]]:
+    """Play this shard's part; problems as they come, then counts as (name, number)."""
+    templates = {name: Template(SCENES[name], home) for name in args.scene or SCENES}
+    chosen = [point for one in templates.values() for point in points(one)]
+    if args.sample:
+        chosen = random.Random(seed).sample(chosen, min(args.sample, len(chosen)))
+    for point in chosen[number :: args.jobs]:
+        problems, tries = play(templates[point.scene], point)
+        yield point.scene, 1
+        yield point.fault, 1
+        yield "tried_again", tries - 1
+        for problem in problems:
+            yield f"PROBLEM {problem}", 1
+
+
+def jobs(args: argparse.Namespace, seed: int) -> tuple[Counter[str], list[str]]:
+    """All shards, each a process of its own; figures and problems."""
+    homes = [scratch(f"sweep-{number}") for number in range(args.jobs)]
+    children = []
+    for number, home in enumerate(homes):
+        pid = os.fork()
+        if pid == 0:
+            found = Counter[str]()
+            status = 1
+            try:
+                for name, count in shard(home / "home", args, seed, number):
+                    found[name] += count
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                (home / "found.json").write_text(json.dumps(found))
+                os._exit(status)
+        children.append(pid)
+    total, problems = Counter[str](), []
+    for pid, home in zip(children, homes, strict=True):
+        _, status = os.waitpid(pid, 0)
+        total.update(json.loads((home / "found.json").read_text()))
+        problems += [f"a shard ended with status {status}"] if status else []
+        shutil.rmtree(home)
+    problems += [name.removeprefix("PROBLEM ") for name in total if name.startswith("PROBLEM")]
+    return Counter({k: n for k, n in total.items() if not k.startswith("PROBLEM")}), problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="a fault at every system call")
+    parser.add_argument("--sample", type=int, help="that many points, by chance; else all")
+    parser.add_argument("--scene", action="append", choices=list(SCENES))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seed", type=int)
+    args = parser.parse_args()
+    seed, began = seed_of(args), time.monotonic()
+    figures, problems = jobs(args, seed)
+    total = sum(figures[fault] for fault in FAULTS)
+    return report("sweep", problems, began, {"points": total, **figures})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
