@@ -8,8 +8,9 @@ VENV := .venv
 READY := $(VENV)/.ready
 # What a test run takes besides: make test TESTS='tests/test_ledger.py -x'
 TESTS ?= -n auto --dist loadgroup
+PROOFS ?= tests/proof
 
-.PHONY: venv demo test lint bench deb clean
+.PHONY: venv demo test lint bench proof proof-long deb clean
 
 venv: $(READY)
 
@@ -38,6 +39,14 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Crash proofs and the like, in full: half an hour and more; proof-long takes days.  As root,
+# or what mounts file systems is skipped.  SEED=… plays a run again.
+proof: $(READY)
+	PROOF=full $(VENV)/bin/python -m pytest $(PROOFS)
+
+proof-long: $(READY)
+	PROOF=long $(VENV)/bin/python -m pytest $(PROOFS)
 
 bench: $(READY)
 	$(VENV)/bin/python -m bench

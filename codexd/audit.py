@@ -61,10 +61,13 @@ def files(dirs: Directories) -> Iterator[BinaryIO]:
     with open(dirs.ledger, "rb") as newest:
         now = os.fstat(newest.fileno())
         for path in rotate.kept(dirs.ledger):
-            with open(path, "rb") as file:
-                if os.path.samestat(os.fstat(file.fileno()), now):
-                    break
-                yield file
+            try:
+                with open(path, "rb") as file:
+                    if os.path.samestat(os.fstat(file.fileno()), now):
+                        break
+                    yield file
+            except FileNotFoundError:
+                continue  # it was old enough to be removed just now
         yield newest
 
 
@@ -131,15 +134,18 @@ def _head(line: bytes, checked: Checked) -> tuple[str, str]:
     return "", ""
 
 
-# --- against the directories --------------------------------------------------------
-
-
-def served(dirs: Directories) -> bool:
-    """Whether a daemon may be writing."""
+def is_written(dirs: Directories, file: BinaryIO) -> bool:
+    """Whether it is the ledger that a daemon may be writing just now."""
     try:
-        return lock.is_held(dirs.lock)
+        newest = os.path.samestat(os.fstat(file.fileno()), os.stat(dirs.ledger))
+        return newest and lock.is_held(dirs.lock)
+    except FileNotFoundError:
+        return False
     except PermissionError:
         return True  # not for us to see
+
+
+# --- against the directories --------------------------------------------------------
 
 
 def compare(dirs: Directories) -> Iterator[Problem]:

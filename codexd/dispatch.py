@@ -104,21 +104,30 @@ def overlap(one: str, other: str) -> bool:
 
 
 def _apart(queued: list[Task], working: list[Task], width: int) -> list[Task]:
+    """Those that come first and have their workdir for themselves.
+
+    Whoever has to wait keeps its place as well: else one above many busy directories
+    might wait for ever.
+    """
     chosen: list[Task] = []
-    places = [t.workdir or "/" for t in working]
-    refused: set[str] = set()  # ten thousand may wait for one directory
-    for task in queued:
-        mine = task.workdir or "/"  # nobody knows which: then it may be any
-        if mine in refused:
-            continue
-        if any(overlap(mine, place) for place in places):
-            refused.add(mine)
-            continue
-        chosen.append(task)
-        places.append(mine)
-        if len(chosen) == width:
-            break
+    taken: set[str] = set()
+    over: set[str] = set()  # the directories that these lie in, and they themselves
+    for task in [*working, *queued]:
+        lineage = _lineage(task.workdir or "/")  # nobody knows which: then it may be any
+        free = lineage[0] not in over and taken.isdisjoint(lineage)
+        taken.add(lineage[0])
+        over.update(lineage)
+        if free and task.state is State.QUEUED:
+            chosen.append(task)
+            if len(chosen) == width:
+                break
     return chosen
+
+
+def _lineage(path: str) -> list[str]:
+    """An absolute path, and all that it lies in."""
+    parts = [part for part in path.split("/") if part]
+    return ["/" + "/".join(parts[:n]) for n in range(len(parts), -1, -1)]
 
 
 def _may_start(task: Task) -> bool:

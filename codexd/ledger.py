@@ -174,7 +174,11 @@ class Ledger:
         Raises as `rotate` and `checkpoint` do.
         """
         if self.book.offset >= max(rotate.LONG, 2 * self._least):
-            self.rotate(at)
+            try:
+                self.rotate(at)
+            except OSError:
+                self.checkpoint()  # then it is not tried again at once
+                raise
         else:
             self.checkpoint()
 

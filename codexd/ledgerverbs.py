@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
 from collections.abc import Iterable
 from typing import BinaryIO
@@ -57,9 +56,8 @@ def _verify(dirs: Directories, args: argparse.Namespace) -> int:
                 print(report.clean(_line(problem)))
 
     def look(file: BinaryIO) -> None:
-        newest = os.path.samestat(os.fstat(file.fileno()), os.stat(dirs.ledger))
         looked.append(Checked(file.name))
-        told(audit.check(file, looked[-1], newest and audit.served(dirs)))
+        told(audit.check(file, looked[-1], audit.is_written(dirs, file)))
         if not hasattr(args, "json"):
             print(report.clean(_summary(looked[-1])))
 

@@ -80,9 +80,9 @@ def _either(pattern: str) -> Schema:
 _LIMITS = {
     **_object(
         {
-            "memory": _either("^[1-9][0-9]{0,9}[MG]$"),
-            "cpu": _either("^[1-9][0-9]{0,4}%$"),
-            "tasks": {"type": "integer", "minimum": 1},
+            "memory": _or_null(_either("^[1-9][0-9]{0,9}[MG]$")),
+            "cpu": _or_null(_either("^[1-9][0-9]{0,4}%$")),
+            "tasks": _or_null({"type": "integer", "minimum": 1}),
         },
         [],
     ),
@@ -92,7 +92,7 @@ _VERIFY = {
     **_object(
         {
             "command": _text(1000, "A line for sh(1); exit status 0 says that the task is done."),
-            "rounds": {"type": "integer", "minimum": 1, "maximum": 10, "default": 3},
+            "rounds": _or_null({"type": "integer", "minimum": 1, "maximum": 10, "default": 3}),
         },
         ["command"],
     ),

@@ -100,9 +100,18 @@ def archive(dirs: Directories, id: str) -> None:
     """Move a concluded task out of tasks/.  Repeatable."""
     source, target = dirs.tasks / id, archived(dirs, id)
     if source.is_dir():
+        _tidy(source)
         target.parent.mkdir(mode=_MODE, exist_ok=True)
         os.rename(source, target)
         durable.sync_directory(target.parent)
+
+
+def _tidy(home: Path) -> None:
+    """Remove what writers left that were killed; nobody writes here any more."""
+    durable.sweep(home)
+    for path in home.iterdir():
+        if path.name.isdigit() and path.is_dir() and not path.is_symlink():
+            durable.sweep(path)
 
 
 def keep(dirs: Directories, id: str, name: str, text: str) -> None:

@@ -20,6 +20,7 @@ ledger is as it was.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -55,17 +56,19 @@ def kept(ledger: Path) -> list[Path]:
         names = os.listdir(ledger.parent / ARCHIVE)
     except FileNotFoundError:
         return []
-    return [ledger.parent / ARCHIVE / name for name in sorted(names) if _laid_aside(name)]
+    return [ledger.parent / ARCHIVE / name for name in sorted(names) if _is_old(name)]
+
+
+def _is_old(name: str) -> bool:
+    try:
+        return _FORM.fullmatch(name) is not None and _laid_aside(name) >= 0
+    except ValueError:  # no date
+        return False
 
 
 def _laid_aside(name: str) -> int:
-    """When it was, in epoch seconds, by the name; 0 for what is no old ledger."""
-    if not _FORM.fullmatch(name):
-        return 0
-    try:
-        return timegm(time.strptime(name, _NAME))
-    except ValueError:
-        return 0
+    """When an old ledger was, in epoch seconds, by its name."""
+    return timegm(time.strptime(name, _NAME))
 
 
 def _free_name(ledger: Path, at: str) -> Path:
@@ -157,7 +160,8 @@ def _written(fd: int, book: Book, at: str, name: str) -> Book:
     again = Book()
     catch_up(again, fd)
     if again.damaged or not _same(again, book):
-        raise OSError(f"the new ledger would not say the same as the old one: {again.damaged[:1]}")
+        why = "the new ledger would not say what the old one says; the old one stays"
+        raise OSError(errno.EILSEQ, why, name)
     return again
 
 

@@ -77,7 +77,7 @@ def prepare(dirs: Directories) -> None:
 
     Raises OSError naming the directory that cannot be made or written.
     """
-    for path in (dirs.state, dirs.rejected, dirs.answers, dirs.tasks, dirs.archive):
+    for path in (dirs.state, dirs.rejected, dirs.answers, dirs.schedules, dirs.tasks, dirs.archive):
         _make(path, _STATE_MODE)
     for path in (dirs.sessions, dirs.transcripts, dirs.keys, dirs.usage, dirs.work, dirs.run):
         _make(path, _STATE_MODE)

@@ -248,7 +248,8 @@ def _verify(document: Document) -> dict[str, object] | None:
     command = found.value("command", None, _COMMAND)
     rounds = found.value("rounds", None, _ROUNDS)
     if command is None:
-        if rounds is not None:
+        # A mapping without a command, be it empty, would let the task end unchecked.
+        if isinstance(document.values.get("verify"), dict):
             raise found.error("command", "missing", _COMMAND.allowed)
         return None
     return {"command": command, "rounds": rounds or ROUNDS}

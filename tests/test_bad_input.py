@@ -247,10 +247,13 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     ),
     "verify.md": (
         front("verify:\n  rounds: 2"),
-        "line 3: verify.command: missing; allowed: 1 to 1000 printable characters on one line",
+        "line 2: verify.command: missing; allowed: 1 to 1000 printable characters on one line",
     ),
-    "limits.yaml": ("prompt: x\nlimits: {memory: 1G}\n", "limits: only where workers are systemd units can a task have limits of its own; "
-        "leave them out, or start codexd as a service"),
+    "limits.yaml": (
+        "prompt: x\nlimits: {memory: 1G}\n",
+        "limits: only where workers are systemd units can a task have limits of its own; "
+        "leave them out, or start codexd as a service",
+    ),
     # names of sessions
     "blank-name.md": (front('session: " "'), f"line 2: session: found ' '; {LINE}"),
     "break.md": (front('session: "a\\nb"'), f"line 2: session: found 'a\\nb'; {LINE}"),
@@ -855,7 +858,8 @@ BROKEN: dict[str, tuple[str, str]] = {
     ),
     "workdir": ("workdir: /srv\n", ":1: workdir: found '/srv'; allowed: below workdirs, 'ROOT/w"),
     "yaml": ("workers: [4\n", ":1: not valid YAML: expected ',' or ']', but got '<stream end>'"),
-    "later": ("retention:\n  answers: 90d\n", ":1: retention: unknown key; allowed: workers, "),
+    "later": ("webhooks:\n  done: x\n", ":1: webhooks: unknown key; allowed: workers, "),
+    "hook": ("on:\n  done: mail\n", ":2: on.done: found 'mail'; allowed: the absolute path of"),
 }
 
 

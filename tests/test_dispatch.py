@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -127,6 +128,32 @@ def test_one_workdir_for_two(one: str, other: str, same: bool) -> None:
     queue[0] = replace(queue[0], state=R)
     assert [t.id for t in ready(queue, OPEN, 4, {"a"}, apart=True)] == both[1:]
     assert overlap(one, other) is overlap(other, one) is same
+
+
+def test_who_waits_for_a_directory_is_not_overtaken() -> None:
+    queue = [of("a", workdir="/w/a", state=R), of("b", workdir="/w"), of("c", workdir="/w/c")]
+    more = [*queue, of("d", workdir="/d")]
+    assert [t.id for t in ready(more, OPEN, 4, {"a"}, apart=True)] == ["d"]
+    assert [t.id for t in ready(more[1:], OPEN, 4, set(), apart=True)] == ["b", "d"]
+
+
+@given(st.lists(st.sampled_from(["/", "/a", "/a/b", "/ab", "/a/b/c", "/c"]), max_size=8))
+def test_no_two_in_one_directory(places: list[str]) -> None:
+    queue = [of(str(n), workdir=place) for n, place in enumerate(places)]
+    chosen = ready(queue, OPEN, 8, set(), apart=True)
+    for one in chosen:
+        for other in chosen:
+            assert one is other or not overlap(str(one.workdir), str(other.workdir))
+    if queue:
+        assert chosen[0] is queue[0]
+
+
+def test_ten_thousand_that_wait_for_directories_cost_little() -> None:
+    queue = [of("a", workdir="/w", state=R)]
+    queue += [of(f"b{n}", workdir=f"/w/{n}/x/y/z") for n in range(10_000)]
+    began = time.process_time()
+    assert ready(queue, OPEN, 64, {"a"}, apart=True) == []
+    assert time.process_time() - began < 1.0
 
 
 def test_nobody_works_where_a_worker_is_still_there() -> None:

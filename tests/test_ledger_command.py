@@ -85,6 +85,9 @@ def test_there_is_none(root: Root) -> None:
         done = root.run(*args)
         assert (done.returncode, done.stdout) == (69, "")
         assert done.stderr.endswith(": there is none\n")
+    copy = root.dirs.state / "copy.md"
+    copy.write_bytes(b"".join(lines(TEN)))
+    assert root.verified(str(copy))[0] == 0, "a file alone needs no state"
     root.ledger.touch()  # begun, and killed before its first line
     assert root.verified() == (0, ["tasks.md: format unknown, 0 lines, 0 bytes, 0 live tasks"])
 

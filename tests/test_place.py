@@ -137,6 +137,19 @@ def test_a_concluded_task_is_found_wherever_it_lies(dirs: Directories, task: Pat
         place.load_archived(dirs, OTHER)
 
 
+def test_what_killed_writers_left_does_not_go_into_the_archive(
+    dirs: Directories, task: Path
+) -> None:
+    place.begin_attempt(dirs, ID, 1, {})
+    for name in (".task.json.123.tmp", "1/.result.json.45.tmp", "1/.keep", "1/events.jsonl"):
+        (task / name).write_text("half of i")
+    for _ in range(2):
+        place.archive(dirs, ID)
+    kept = place.archived(dirs, ID)
+    assert sorted(os.listdir(kept)) == ["1", "task.json"]
+    assert sorted(os.listdir(kept / "1")) == [".keep", "attempt.json", "events.jsonl"]
+
+
 def test_each_month_has_its_own_shelf(dirs: Directories, task: Path) -> None:
     (dirs.tasks / OTHER).mkdir()
     for id in (ID, OTHER):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -199,6 +200,8 @@ def test_what_the_new_file_looks_like(tmp_path: Path) -> None:
 
 def test_names_follow_each_other_whatever_the_clock_says(tmp_path: Path) -> None:
     one = Ledger(tmp_path / "tasks.md", tmp_path / "c.json")
+    for _ in range(2):
+        one.rotate("1970-01-01T00:00:00.000Z")
     times = [LATER, LATER, AT, "1970-01-01T00:00:00.000Z", "2030-12-31T23:59:59.999Z", LATER]
     for at in times:
         one.rotate(at)
@@ -206,6 +209,8 @@ def test_names_follow_each_other_whatever_the_clock_says(tmp_path: Path) -> None
     for name in ("tasks-20301399T000000Z.md", "tasks-x.md", "tasks-20261123T080000Z.md~"):
         (tmp_path / "archive" / name).touch()
     assert [path.name for path in rotate.kept(one.path)] == [
+        "tasks-19700101T000000Z.md",
+        "tasks-19700101T000001Z.md",
         "tasks-20261123T080000Z.md",
         "tasks-20261123T080001Z.md",
         "tasks-20261123T080002Z.md",
@@ -253,6 +258,12 @@ def test_a_long_ledger_is_begun_anew_and_a_short_one_is_marked(tmp_path: Path) -
                 file.writelines(map(render, both))
     one = Ledger(path, tmp_path / "c.json")
     before = facts_of(one.book)
+    (tmp_path / "archive").touch()  # in the way
+    with pytest.raises(FileExistsError):
+        one.shorten(LATER)
+    assert one.unmarked == 0, "the next start is short all the same"
+    assert facts_of(one.book) == before
+    (tmp_path / "archive").unlink()
     one.shorten(LATER)
     assert path.stat().st_size < 100_000
     assert one.laid_aside == rotate.kept(path)
@@ -260,6 +271,23 @@ def test_a_long_ledger_is_begun_anew_and_a_short_one_is_marked(tmp_path: Path) -
     one.shorten(LATER)
     assert len(rotate.kept(path)) == 1
     one.close()
+
+
+def test_a_new_file_that_does_not_say_the_same_is_not_used(tmp_path: Path) -> None:
+    path, checkpoint = tmp_path / "tasks.md", tmp_path / "c.json"
+    one = Ledger(path, checkpoint)
+    one.append([queued(1)])
+    # No line can say this of a task: what the book has, and the ledger would lose.
+    one.book.tasks[ident(1)] = dataclasses.replace(one.book.tasks[ident(1)], file=None)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="would not say what the old one says"):
+        one.rotate(LATER)
+    assert path.read_bytes() == before
+    assert not rotate.kept(path)
+    assert {p.name for p in tmp_path.iterdir()} == {"tasks.md", "archive"}
+    one.append([queued(2)])
+    one.close()
+    assert path.read_bytes() == before + render(queued(2))
 
 
 def test_damage_stays_in_the_old_file(tmp_path: Path) -> None:

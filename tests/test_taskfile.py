@@ -228,6 +228,8 @@ RENAME = "rename it to end otherwise"
         ("not_before: tomorrow", f"not_before: found 'tomorrow'; allowed: {WHEN}"),
         ("verify: make test", "verify: found 'make test'; allowed: a mapping of command, rounds"),
         ("verify: {rounds: 2}", f"verify.command: missing; allowed: {COMMAND}"),
+        ("verify: {}", f"verify.command: missing; allowed: {COMMAND}"),
+        ("verify: {command: null}", f"verify.command: missing; allowed: {COMMAND}"),
         ("verify: {command: ''}", f"verify.command: found ''; allowed: {COMMAND}"),
         (
             "verify: {command: x, rounds: 11}",

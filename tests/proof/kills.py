@@ -41,12 +41,11 @@ class Killer:
         """Until the next kill: mostly in mid-work, at times while it starts."""
         time.sleep(self.chance.uniform(0.02, 0.5))
         if self.chance.random() < 0.75:
-            socket = self.place.dirs.http_socket
-            until(lambda: socket.exists() or not self.place.up(), "the daemon", 20)
-            time.sleep(self.chance.uniform(0.0, 0.6))
+            until(lambda: self.place.is_ready() or not self.place.up(), "the daemon", 30)
+            time.sleep(self.chance.uniform(0.0, 0.8))
 
     def strike(self) -> None:
-        """Kill one or more, and see to it that there is a daemon again."""
+        """Kill one or more, and start the daemon again if it is not there."""
         victim = self.chance.choices(list(VICTIMS), list(VICTIMS.values()))[0]
         self.killed[victim] += 1
         if victim == "all":
@@ -60,17 +59,23 @@ class Killer:
             found = self.place.find(words)
             kill(found if self.chance.random() < 0.3 else found[:1])
         if not self.place.up():
-            if self.place.child is not None:
-                self.place.reap()
+            self.place.reap()
             self.place.launch()
 
+    def revive(self) -> None:
+        """A daemon that stays: one whose HTTP server was killed too early has ended."""
+        while not self.place.up():
+            self.place.reap()
+            self.place.launch()
+            until(lambda: self.place.is_ready() or not self.place.up(), "the daemon", 30)
 
-def run(name: str, seed: int, cycles: int, figures: Counter[str]) -> list[str]:
+
+def run(name: str, seed: str, cycles: int, figures: Counter[str]) -> list[str]:
     """One run on a fresh root; what the oracle says."""
     home = scratch(name)
     chance = random.Random(seed)
     killer = Killer(home, chance)
-    load = Load(killer.place, random.Random(seed + 1), 9.0, http=True)
+    load = Load(killer.place, random.Random(f"{seed} load"), 9.0, http=True)
     killer.place.launch()
     until(lambda: killer.place.dirs.inbox.is_dir(), "the inbox", 20)
     load.begin()
@@ -82,6 +87,7 @@ def run(name: str, seed: int, cycles: int, figures: Counter[str]) -> list[str]:
         load.end()
     problems = []
     try:
+        killer.revive()
         load.drain()
     except TimeoutError as error:
         problems.append(f"{error}; see {home}")
@@ -89,7 +95,7 @@ def run(name: str, seed: int, cycles: int, figures: Counter[str]) -> list[str]:
     problems += oracle.check(killer.place, load.acknowledged)
     count(killer, load, figures)
     if problems:
-        problems.append(f"seed {seed}; its root is kept in {home}")
+        problems.append(f"after kill {name}: its root is kept in {home}")
     else:
         shutil.rmtree(home)
     return problems
@@ -112,14 +118,14 @@ def count(killer: Killer, load: Load, figures: Counter[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="kill the daemon at random moments")
     parser.add_argument("--cycles", type=int, default=300)
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed")
     args = parser.parse_args()
     seed, began = seed_of(args), time.monotonic()
     figures: Counter[str] = Counter()
     problems = []
     for first in range(0, args.cycles, CYCLES):
         cycles = min(CYCLES, args.cycles - first)
-        problems += run(f"kills-{first}", seed + first, cycles, figures)
+        problems += run(f"kills-{first}", f"{seed} {first}", cycles, figures)
         if len(problems) > 20:
             break
     return report("kills", problems, began, dict(figures))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 from tests.daemon import Daemon
 from tests.processes import commands
+from tests.proof import level
 
 CODEX = Path(__file__).resolve().parent / "codex"
 TOP = Path(__file__).resolve().parents[2]
@@ -54,6 +54,7 @@ class Place(Daemon):
         listen = "unix" if http else "off"
         super().__init__(root, {"HOME": str(home)}, CONFIG + f"http:\n  listen: {listen}\n")
         self.log = home / "serve.log"
+        self._said = home / "said"
         self.work()
 
     def work(self, delay: float = 0.0, most: float = 0.0) -> None:
@@ -64,20 +65,29 @@ class Place(Daemon):
     def launch(self) -> None:
         """Start the daemon, and do not wait for it: it may be killed before it is ready."""
         command = [sys.executable, "-m", "codexd.cli", "--root", str(self.root), "serve"]
-        with open(self.log, "a") as log:
+        with open(self.log, "a") as log, open(self._said, "w") as said:
             self.child = subprocess.Popen(
-                command, env=self.env, cwd=TOP, stdout=subprocess.PIPE, stderr=log, text=True
+                command, env=self.env, cwd=TOP, stdout=said, stderr=log, text=True
             )
 
     def up(self) -> bool:
         """Whether the daemon's process is there."""
         return self.child is not None and self.child.poll() is None
 
+    def is_ready(self) -> bool:
+        """Whether it has said so."""
+        return self._said.read_text().startswith("ready ")
+
     def reap(self) -> None:
         """The daemon has ended, or is about to."""
         if self.child is not None:
             self.child.wait(20)
             self._forget()
+
+    def _forget(self) -> None:
+        if self.child is not None and self.child.stdout is not None:
+            self.child.stdout.close()
+        self.child = None
 
     def find(self, words: str) -> list[int]:
         """Processes of this root with `words` in their command line."""
@@ -95,18 +105,17 @@ class Place(Daemon):
         return [json.loads(line) for line in self.lines("starts")]
 
 
-def seed_of(args: Any) -> int:
+def seed_of(args: Any) -> str:
     """The seed of a run, printed so that it can be given again."""
-    told = args.seed if args.seed is not None else os.environ.get("SEED")
-    seed = int(told) if told else random.randrange(1 << 30)
-    print(f"SEED={seed}", flush=True)
-    return seed
+    told = str(args.seed or level.seed())
+    print(f"SEED={told}", flush=True)
+    return told
 
 
 def report(name: str, problems: list[str], began: float, figures: dict[str, object]) -> int:
     """One line of figures, the problems before it; the exit status.
 
-    With CODEXD_PROOF set, the line is added to that file too, for the table.
+    With CODEXD_PROOF set, the line is added to that file too, for whoever makes a table.
     """
     for problem in problems[:50]:
         print(f"PROBLEM {problem}")
@@ -114,5 +123,5 @@ def report(name: str, problems: list[str], began: float, figures: dict[str, obje
     print(f"{name}: " + " ".join(f"{key}={value}" for key, value in told.items()), flush=True)
     if table := os.environ.get("CODEXD_PROOF"):
         with open(table, "a") as file:
-            file.write(json.dumps([name, told]) + "\n")
+            file.write(json.dumps({"proof": name, **told}) + "\n")
     return 1 if problems else 0

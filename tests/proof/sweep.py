@@ -21,13 +21,13 @@ import subprocess
 import sys
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
-from tests.daemon import until
 from tests.processes import gone, kill
 from tests.proof import oracle, scenes
 from tests.proof.place import Place, report, scratch, seed_of
@@ -84,7 +84,7 @@ def traced(place: Place, scene: scenes.Scene, *inject: str) -> tuple[int, list[s
     return status, log.read_text(errors="replace").splitlines()
 
 
-def _wait_then(gate: int, ours: int, place: Place, scene: scenes.Scene) -> None:
+def _wait_then(gate: int, ours: int, place: Place, scene: scenes.Scene) -> NoReturn:
     """In the child: until strace is there."""
     import ctypes
 
@@ -134,18 +134,18 @@ def fired(point: Point, status: int, lines: list[str], root: Path) -> bool:
 
 def play(template: Template, point: Point) -> tuple[list[str], int]:
     """What the oracle says of a point, and how often it was tried until it fired."""
-    for tries in range(1, TRIES + 1):
+    tries, happened = 0, False
+    while not happened:
+        if tries == TRIES:
+            return [f"{point}: never fired"], tries
+        tries += 1
         place = template.fresh()
         status, lines = traced(place, template.scene, "-e", point.inject)
-        if fired(point, status, lines, place.root):
-            break
+        happened = fired(point, status, lines, place.root)
         settle(place)
-    else:
-        return [f"{point}: never fired"], TRIES
     problems = []
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
         problems.append("it did not go on by itself")
-    settle(place)
     problems += recover(place)
     return [f"{point}: {problem}" for problem in problems], tries
 
@@ -161,16 +161,15 @@ def settle(place: Place) -> None:
 
 def recover(place: Place) -> list[str]:
     """Start again, let everything be done, ask the oracle."""
-    for name in ("all.release", f"{SECOND}.release"):
-        scenes.deliver(place, name)
-    told = list(ACKNOWLEDGED)
-    names = {*os.listdir(place.dirs.inbox), *os.listdir(place.dirs.tasks)}
-    told += [SECOND] if any(SECOND in name for name in names) else []
+    names = [*os.listdir(place.dirs.inbox), *os.listdir(place.dirs.tasks)]
+    second = [SECOND] if any(SECOND in name for name in names) else []
+    for name in ("all", *second):
+        scenes.deliver(place, f"{name}.release")
     try:
         scenes.until_over(place, scenes.nothing_left)
     except RuntimeError as error:
         return [str(error)]
-    problems = oracle.check(place, told)
+    problems = oracle.check(place, [*ACKNOWLEDGED, *second])
     late = [p for p in place.root.rglob(".*.tmp") if p.parent != place.dirs.inbox]
     return problems + [f"left behind: {path}" for path in late]
 
@@ -178,12 +177,17 @@ def recover(place: Place) -> list[str]:
 # --- the sweep ----------------------------------------------------------------------------
 
 
-def shard(home: Path, args: argparse.Namespace, seed: int, number: int) -> Iterator[tuple[str, int]]:
+def shard(
+    home: Path, args: argparse.Namespace, seed: str, number: int
+) -> Iterator[tuple[str, int]]:
     """Play this shard's part; problems as they come, then counts as (name, number)."""
     templates = {name: Template(SCENES[name], home) for name in args.scene or SCENES}
-    chosen = [point for one in templates.values() for point in points(one)]
+    everything = [points(one) for one in templates.values()]
+    chosen = [point for one in everything for point in one]
     if args.sample:
-        chosen = random.Random(seed).sample(chosen, min(args.sample, len(chosen)))
+        chosen = sample(chosen, args.sample, random.Random(seed))
+    if not number:
+        yield "all_points", sum(map(len, everything))
     for point in chosen[number :: args.jobs]:
         problems, tries = play(templates[point.scene], point)
         yield point.scene, 1
@@ -193,7 +197,19 @@ def shard(home: Path, args: argparse.Namespace, seed: int, number: int) -> Itera
             yield f"PROBLEM {problem}", 1
 
 
-def jobs(args: argparse.Namespace, seed: int) -> tuple[Counter[str], list[str]]:
+def sample(every: list[Point], number: int, chance: random.Random) -> list[Point]:
+    """So many points, of each scene and each call alike: most calls are openat."""
+    groups: dict[tuple[str, str], list[Point]] = defaultdict(list)
+    for point in chance.sample(every, len(every)):
+        groups[point.scene, point.call].append(point)
+    order = chance.sample(list(groups), len(groups))
+    chosen: list[Point] = []
+    while len(chosen) < min(number, len(every)):
+        chosen += [groups[name].pop() for name in order if groups[name]]
+    return chosen[:number]
+
+
+def jobs(args: argparse.Namespace, seed: str) -> tuple[Counter[str], list[str]]:
     """All shards, each a process of its own; figures and problems."""
     homes = [scratch(f"sweep-{number}") for number in range(args.jobs)]
     children = []
@@ -205,6 +221,8 @@ def jobs(args: argparse.Namespace, seed: int) -> tuple[Counter[str], list[str]]:
             try:
                 for name, count in shard(home / "home", args, seed, number):
                     found[name] += count
+                    if name.startswith("PROBLEM"):
+                        print(name, file=sys.stderr, flush=True)  # it may be long until the end
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -227,7 +245,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, help="that many points, by chance; else all")
     parser.add_argument("--scene", action="append", choices=list(SCENES))
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed")
     args = parser.parse_args()
     seed, began = seed_of(args), time.monotonic()
     figures, problems = jobs(args, seed)

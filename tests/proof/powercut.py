@@ -1,0 +1,163 @@
+"""The power cut: a file system that is shut down in mid-load, mounted again, and judged.
+
+    python -m tests.proof.powercut [--cuts N] [--fs ext4 --fs xfs] [--seed N]
+
+The root lies on a loop-mounted image.  `xfs_io -x -c shutdown` stops the file system at
+once, without writing its log: what was not made durable by fsync is gone, as without power.
+Then everything is killed, the image is mounted again (which replays its journal), a new
+daemon does what is left, and the oracle is asked for all that was acknowledged before.
+
+Needs root, a free loop device, mkfs.ext4, mkfs.xfs and xfs_io.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from codexd.model import Kind
+from tests.daemon import until
+from tests.proof import oracle
+from tests.proof.load import Load
+from tests.proof.place import Place, report, scratch, seed_of
+
+KINDS = ("ext4", "xfs")
+TOOLS = ("mkfs.ext4", "mkfs.xfs", "xfs_io", "mount", "umount", "losetup")
+_SIZE = 320 << 20  # mkfs.xfs makes none of less than 300 MB
+
+
+def missing() -> str | None:
+    """Why no power can be cut here."""
+    if os.geteuid():
+        return "not root: file systems cannot be mounted"
+    if gone := [tool for tool in TOOLS if not shutil.which(tool)]:
+        return f"missing: {', '.join(gone)} (packages xfsprogs, e2fsprogs, mount)"
+    if subprocess.run(["losetup", "--find"], capture_output=True).returncode:
+        return "no free loop device"
+    return None
+
+
+def run(*command: object) -> None:
+    """A command that has to succeed."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command}: {done.stdout}{done.stderr}")
+
+
+class Disk:
+    """A file system of its own, whose power can be cut."""
+
+    def __init__(self, home: Path, kind: str) -> None:
+        self.image, self.top = home / "image", home / "disk"
+        self.top.mkdir()
+        with open(self.image, "wb") as file:
+            file.truncate(_SIZE)
+        run(f"mkfs.{kind}", "-q", *(["-F"] if kind == "ext4" else []), self.image)
+
+    def mount(self) -> None:
+        run("mount", "-o", "loop", self.image, self.top)
+
+    def unmount(self) -> None:
+        """Once nothing uses it any more."""
+        until(lambda: not subprocess.call(["umount", self.top], stderr=-3), "umount", 20)
+
+    def cut(self) -> None:
+        run("xfs_io", "-x", "-c", "shutdown", self.top)
+
+    def discard(self) -> None:
+        if os.path.ismount(self.top):
+            subprocess.run(["umount", "--lazy", self.top], check=True)
+
+
+def cut(home: Path, kind: str, chance: random.Random, figures: Counter[str]) -> list[str]:
+    """One cut in mid-load, on a fresh file system; what the oracle says."""
+    disk = Disk(home, kind)
+    disk.mount()
+    place = None
+    try:
+        place = Place(home, disk.top / "root")
+        place.work(0.0, 0.4)
+        os.sync()
+        place.launch()
+        load = under_load(place, chance)
+        disk.cut()
+        stop(load)
+        place.kill()
+        disk.unmount()
+        disk.mount()
+        return judge(place, load, figures)
+    finally:
+        if place:
+            place.kill()
+        disk.discard()
+
+
+def under_load(place: Place, chance: random.Random) -> Load:
+    """A daemon in the midst of work."""
+    until(lambda: place.is_ready() or not place.up(), "the daemon", 30)
+    load = Load(place, chance, 15.0, http=False)
+    load.begin()
+    time.sleep(chance.uniform(0.3, 2.5))
+    return load
+
+
+def stop(load: Load) -> None:
+    try:
+        load.end()
+    except OSError:
+        pass  # the disk is gone; what was acknowledged before stands
+
+
+def judge(place: Place, load: Load, figures: Counter[str]) -> list[str]:
+    """What a new daemon makes of what the disk has kept."""
+    before = len(place.starts())
+    place.launch()
+    try:
+        load.drain()
+    except TimeoutError as error:
+        return [f"{error}: {place.log.read_text()[-2000:]}"]
+    place.stop()
+    told = oracle.story(place, [])
+    figures["cuts"] += 1
+    figures["acknowledged"] += len(load.acknowledged)
+    figures["tasks"] += len(told.accepted)
+    figures["done"] += told.kinds[Kind.DONE]
+    figures["started_before"] += before
+    figures["started_after"] += len(place.starts()) - before
+    return oracle.check(place, load.acknowledged, resumes=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="cut the power in mid-load")
+    parser.add_argument("--cuts", type=int, default=10, help="of each file system")
+    parser.add_argument("--fs", action="append", choices=KINDS)
+    parser.add_argument("--seed")
+    args = parser.parse_args()
+    if why := missing():
+        print(f"powercut: skipped: {why}")
+        return 77
+    seed, began = seed_of(args), time.monotonic()
+    status = 0
+    for kind in args.fs or KINDS:
+        figures: Counter[str] = Counter()
+        problems: list[str] = []
+        for number in range(args.cuts):
+            home = scratch(f"powercut-{kind}")
+            found = cut(home, kind, random.Random(f"{seed} {kind} {number}"), figures)
+            problems += [f"{kind} cut {number}: {problem}" for problem in found]
+            if not found:
+                shutil.rmtree(home)
+        status |= report(f"powercut-{kind}", problems, began, dict(figures))
+        began = time.monotonic()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""Limits of the host: the daemon lives, says why it waits, and goes on by itself.
+
+Descriptors, processes, inotify, inodes, room, a file system that is read-only for a
+while, a watched directory that is another one, a clock that is set: each while work is
+there, each for a moment, each gone again.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codexd import clock as times
+from tests.daemon import until
+from tests.proof.level import Figures, pick
+from tests.test_bad_input import POWERLESS, ROOT, Mortal, closed, mounted, needs_mount
+
+pytestmark = [pytest.mark.xdist_group("limits"), pytest.mark.timeout(pick(120, 900, 900))]
+
+FLOOD = pick(1000, 20_000, 20_000)
+SEEN = 6.0  # seconds
+
+
+class Bounded(Mortal):
+    """A daemon that a wrapper starts."""
+
+    wrapper: tuple[str, ...] = ()
+
+    def start(self) -> None:
+        command = [*(self.wrapper or POWERLESS), sys.executable, "-m", "codexd.cli",
+                   "--root", str(self.root), "serve"]  # fmt: skip
+        with open(self.log, "a") as log:
+            self.child = subprocess.Popen(
+                command, env=self.env, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        assert self.child.stdout is not None
+        self.ready = self.child.stdout.readline().strip()
+        assert self.ready.startswith("ready "), self.log.read_text()[-4000:]
+
+    @property
+    def pid(self) -> int:
+        assert self.child is not None
+        assert self.child.poll() is None, "the daemon has died"
+        return self.child.pid
+
+    def limit(self, which: int, soft: int) -> None:
+        """What the kernel lets the running daemon have from now on."""
+        _, hard = resource.prlimit(self.pid, which)
+        resource.prlimit(self.pid, which, (soft, hard))
+
+    def well(self) -> bool:
+        return self.health()["status"] == "ok"
+
+
+def works(daemon: Mortal, name: str, seconds: float = 30.0) -> None:
+    """One task from its file to its answer, and nothing is wrong any more."""
+    daemon.drop(f"{name}.md", "x")
+    assert daemon.answer(name, seconds)[1] == "fine\n"
+    until(lambda: daemon.health()["status"] == "ok", "health: ok", seconds)
+
+
+def complaint(daemon: Mortal) -> str:
+    """What health says is wrong, once it says so."""
+
+    def look() -> str:
+        told = daemon.health()
+        gate: Any = told.get("gate") or {}
+        return str(told.get("trouble") or next((g["message"] for g in gate.values()), ""))
+
+    return until(look, "a complaint", 30)
+
+
+def open_files(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def test_without_descriptors(tmp_path: Path) -> None:
+    with Bounded(tmp_path / "root") as daemon:
+        works(daemon, "before")
+        daemon.limit(resource.RLIMIT_NOFILE, open_files(daemon.pid) + 1)
+        daemon.drop("a.md", "x")
+        assert "Too many open files" in complaint(daemon)
+        time_of_trouble(daemon)
+        daemon.limit(resource.RLIMIT_NOFILE, 1024)
+        assert daemon.answer("a", 60)[1] == "fine\n"
+        works(daemon, "after")
+
+
+def time_of_trouble(daemon: Bounded, seconds: float = 2.0) -> None:
+    """It has to go on for some rounds, and cost next to nothing."""
+    before = ticks(daemon.pid)
+    end = time.monotonic() + seconds
+    until(lambda: time.monotonic() > end, "the end of this test's patience")
+    used = (ticks(daemon.pid) - before) / os.sysconf("SC_CLK_TCK")
+    assert used < 0.6 * seconds, f"{used} s of processor in {seconds} s"
+
+
+def ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root, to be another user with few processes")
+def test_without_processes(tmp_path: Path) -> None:
+    """As a user of its own: root may always have one more."""
+    daemon = Bounded(tmp_path / "root")
+    for path in (daemon.root, *daemon.root.rglob("*")):
+        os.chown(path, NOBODY, NOBODY)
+    # It may read the programs of root, wherever they are, but have no more processes.
+    power = ("--inh-caps=+dac_override", "--ambient-caps=+dac_override")
+    daemon.wrapper = (
+        "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *power,
+    )  # fmt: skip
+    daemon.env = {**daemon.env, "PYTHONDONTWRITEBYTECODE": "1"}
+    with daemon:
+        works(daemon, "before", 60)
+        daemon.limit(resource.RLIMIT_NPROC, 1)
+        daemon.drop("a.md", "x")
+        assert "Resource temporarily unavailable" in complaint(daemon)
+        time_of_trouble(daemon)
+        daemon.limit(resource.RLIMIT_NPROC, 4096)
+        assert daemon.answer("a", 90)[1] == "fine\n"
+        works(daemon, "after", 60)
+
+
+NOBODY = 64_123  # a user that nobody is
+
+
+def test_without_inotify(tmp_path: Path) -> None:
+    """Polling is enough; when there is an instance again, it is used."""
+    taken = []
+    try:
+        with suppress(OSError):
+            while len(taken) < 20_000:
+                taken.append(inotify())
+        with Bounded(tmp_path / "root") as daemon:
+            told = daemon.health()
+            assert told["watch"] == "polling", told
+            assert "inotify" in str(told["watch_problem"]), told
+            assert daemon.well(), "polling alone is no failure"
+            daemon.drop("a.md", "x")
+            assert daemon.answer("a", SEEN + 10)[1] == "fine\n"
+            while taken:
+                os.close(taken.pop())
+            until(lambda: daemon.health()["watch"] == "inotify", "inotify again", 90)
+            works(daemon, "after")
+    finally:
+        for fd in taken:
+            os.close(fd)
+
+
+def inotify() -> int:
+    import ctypes
+
+    fd = int(ctypes.CDLL(None, use_errno=True).inotify_init())
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "inotify_init")
+    return fd
+
+
+def test_another_inbox_in_its_place(tmp_path: Path) -> None:
+    with Bounded(tmp_path / "root") as daemon:
+        for number in range(3):
+            daemon.dirs.inbox.rename(tmp_path / f"old-{number}")
+            shutil.copytree(tmp_path / f"old-{number}", daemon.dirs.inbox)
+            works(daemon, f"t{number}", SEEN + 10)
+        (daemon.dirs.inbox).rmdir()
+        assert "inbox" in complaint(daemon)
+        daemon.dirs.inbox.mkdir()
+        works(daemon, "after")
+
+
+@needs_mount
+def test_without_inodes(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    with mounted(root, "-t", "tmpfs", "-o", "size=64M,nr_inodes=400", "tmpfs"):
+        with Bounded(root) as daemon:
+            works(daemon, "before")
+            (root / "ballast").mkdir()
+            with suppress(OSError):
+                for number in range(1000):
+                    (root / "ballast" / str(number)).touch()
+            (root / "ballast" / "0").rename(daemon.dirs.inbox / "a.md")
+            (daemon.dirs.inbox / "a.md").write_text("x")
+            assert "No space left" in complaint(daemon)
+            shutil.rmtree(root / "ballast")
+            assert daemon.answer("a", 60)[1] == "fine\n"
+            works(daemon, "after")
+            assert daemon.health()["damaged"] == 0
+
+
+@needs_mount
+@pytest.mark.parametrize("which", ["answers", "inbox"])
+def test_read_only_for_a_while(tmp_path: Path, which: str) -> None:
+    """A directory on a file system that the kernel has made read-only after an error."""
+    with Bounded(tmp_path / "root") as daemon:
+        works(daemon, "before")
+        place = daemon.root / which
+        with mounted(place, "-t", "tmpfs", "-o", "size=4M", "tmpfs"):
+            works(daemon, "mounted")
+            (daemon.dirs.inbox / "all.hold").touch()
+            closed(daemon, "hold")
+            daemon.drop("a.md", "x")
+            remount(place, "ro")
+            if which == "answers":
+                assert daemon.run("release").returncode == 0
+            else:
+                with suppress(OSError):
+                    (daemon.dirs.inbox / "b.md").write_text("x")
+            assert which == "inbox" or "Read-only file system" in complaint(daemon)
+            time_of_trouble(daemon)
+            remount(place, "rw")
+            if which == "inbox":
+                assert daemon.run("release").returncode == 0
+            assert daemon.answer("a", 60)[1] == "fine\n"
+            works(daemon, "after", 60)
+
+
+def remount(place: Path, how: str) -> None:
+    def done() -> bool:
+        return not subprocess.run(["mount", "-o", f"remount,{how}", str(place)]).returncode
+
+    until(done, f"a remount, {how}")
+
+
+def test_a_flood_while_nobody_watches(tmp_path: Path, figure: Figures) -> None:
+    """The daemon stands still: inotify's queue overflows, and nobody hears of that."""
+    most = min(FLOOD, 10_000)  # limits.queue; the rest stays in the inbox, counted as queued
+    with Bounded(tmp_path / "root") as daemon:
+        (daemon.dirs.inbox / "all.hold").touch()
+        closed(daemon, "hold")
+        os.kill(daemon.pid, signal.SIGSTOP)
+        for number in range(FLOOD):
+            (daemon.dirs.inbox / f"f{number:05}.md").write_text("x")
+        dropped = time.monotonic()
+        os.kill(daemon.pid, signal.SIGCONT)
+        seen = waited(lambda: queued(daemon) > 0, dropped)
+        whole = waited(lambda: queued(daemon) >= most, dropped, 800)
+        rest = sum(name[0] != "." for name in os.listdir(daemon.dirs.inbox))
+        assert queued(daemon) + rest == FLOOD
+    figure("flood: files dropped while it stood still", FLOOD)
+    figure("flood: first look at all of them after, s", round(seen, 2))
+    figure(f"flood: {most} accepted after, s", round(whole, 1))
+    figure("flood: accepts/s", round(most / whole))
+    assert seen <= SEEN
+
+
+def queued(daemon: Mortal) -> int:
+    return int(str(daemon.health()["queued"]))
+
+
+def waited(look: Callable[[], bool], since: float, seconds: float = 60.0) -> float:
+    until(look, "what was waited for", seconds)
+    return time.monotonic() - since
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize("days", pick([-1], [-1, 1], [-1, 1]))
+def test_a_clock_that_is_set(tmp_path: Path, days: int) -> None:
+    """Only the wall clock: what waits for a span goes on, and no turn is ended by it."""
+    library, clock = tmp_path / "wallclock.so", tmp_path / "clock"
+    source = Path(__file__).with_name("wallclock.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    clock.write_text("0")
+    daemon = Bounded(tmp_path / "root")
+    daemon.env |= {"LD_PRELOAD": str(library), "WALLCLOCK": str(clock)}
+    daemon.behave(delay=3)
+    with daemon:
+        daemon.drop("turn.md", "x")
+        daemon.drop("later.md", "---\nnot_before: 4s\n---\nx")
+        until(lambda: daemon.health()["running"] == 1, "a turn")
+        clock.with_suffix(".new").write_text(f"{days * 86400}")
+        clock.with_suffix(".new").rename(clock)
+        for name in ("turn", "later"):
+            front, text = daemon.answer(name)
+            assert (text, front["attempts"]) == ("fine\n", 1)
+            began, ended = (times.epoch(str(front[key])) for key in ("started", "ended"))
+            assert abs(ended - began - (days * 86400 if name == "turn" else 0)) < 30
+        works(daemon, "after")
+        assert daemon.health()["damaged"] == 0

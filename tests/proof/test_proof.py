@@ -1,0 +1,158 @@
+"""The crash proofs in short: their long forms are `make proof` and `make proof-long`.
+
+The seed is printed with the figures: SEED=… in the environment plays a run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.daemon import PYTHON, until
+from tests.proof import oracle, powercut
+from tests.proof.level import Figures, pick, seed
+from tests.proof.place import TOP, Place
+
+needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace(1)")
+
+
+DAYS = 86400
+pytestmark = pytest.mark.timeout(pick(400, DAYS, 7 * DAYS))
+
+
+def prove(figure: Figures, table: Path, name: str, *options: object) -> list[dict[str, object]]:
+    """One harness, as a process of its own; its figures."""
+    command = [PYTHON, "-m", f"tests.proof.{name}", "--seed", seed(), *map(str, options)]
+    env = {**os.environ, "CODEXD_PROOF": str(table)}
+    done = subprocess.run(command, cwd=TOP, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    found: list[dict[str, object]] = list(map(json.loads, table.read_text().splitlines()))
+    for row in found:
+        for key, value in row.items():
+            if key != "proof":
+                figure(f"{row['proof']}: {key}", value)
+    return found
+
+
+def test_killed_at_random_moments(figure: Figures, tmp_path: Path) -> None:
+    cycles = pick(25, 300, 20_000)
+    (found,) = prove(figure, tmp_path / "table", "kills", "--cycles", cycles)
+    assert found["kills"] == cycles
+
+
+@needs_strace
+def test_a_fault_at_system_calls(figure: Figures, tmp_path: Path) -> None:
+    options = pick(["--sample", "60", "--jobs", "1"], [], [])
+    (found,) = prove(figure, tmp_path / "table", "sweep", *options)
+    assert found["points"] == (60 if options else found["all_points"])
+
+
+@pytest.mark.skipif(powercut.missing() is not None, reason=str(powercut.missing()))
+@pytest.mark.parametrize("kind", powercut.KINDS)
+def test_the_power_is_cut(figure: Figures, tmp_path: Path, kind: str) -> None:
+    cuts = pick(2, 10, 200)
+    (found,) = prove(figure, tmp_path / "table", "powercut", "--cuts", cuts, "--fs", kind)
+    assert found["cuts"] == cuts
+
+
+# --- the oracle itself -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A root in which two tasks of a session were done."""
+    home = tmp_path_factory.mktemp("told")
+    with Place(home, home / "root") as place:
+        for number in (1, 2):
+            place.drop(f"{number}.md", f"---\nsession: s\n---\n[[proof m{number} s]]\n")
+        until(lambda: len(place.starts()) == 2 and oracle.idle(place), "both")
+        yield place
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines(keepends=True)
+
+
+def again(place: Place) -> None:
+    path = place.notes / "starts"
+    path.write_text("".join([*lines(path), lines(path)[0]]))
+
+
+def reversed_(place: Place) -> None:
+    path = place.notes / "starts"
+    path.write_text("".join(reversed(lines(path))))
+
+
+def in_a_new_thread(place: Place) -> None:
+    path = place.notes / "starts"
+    first, second = lines(path)
+    path.write_text(first + second.replace(json.loads(second)["thread"], "another"))
+
+
+def unanswered(place: Place) -> None:
+    next(place.dirs.answers.glob("1.*.md")).unlink()
+
+
+def mixed_up(place: Place) -> None:
+    path = next(place.dirs.answers.glob("1.*.md"))
+    path.write_text(path.read_text().replace("answer to m1", "answer to m2"))
+
+
+def without_its_end(place: Place) -> None:
+    path = place.dirs.ledger
+    path.write_text("".join(line for line in lines(path) if "**done**" not in line))
+
+
+def damaged(place: Place) -> None:
+    path = place.dirs.ledger
+    path.write_text(path.read_text().replace("**running**", "**rumbling**"))
+
+
+def said_twice(place: Place) -> None:
+    (path,) = place.dirs.transcripts.glob("*.jsonl")
+    path.write_text("".join([*lines(path), lines(path)[-1]]))
+
+
+def seen(place: Place) -> None:
+    (place.notes / "violations").write_text("X/1 started while session-s was at work\n")
+
+
+def left_over(place: Place) -> None:
+    (place.dirs.tasks / "20261123t072011-k3f9qa7x2m").mkdir()
+
+
+def test_the_oracle_finds_nothing_wrong(told: Place) -> None:
+    assert oracle.check(told, ["1.md", "2.md"]) == []
+
+
+@pytest.mark.parametrize(
+    ("harm", "problem"),
+    [
+        (lambda _: None, "3.md was acknowledged and is lost"),
+        (again, "/1 was started 2 times"),
+        (reversed_, " was started after "),
+        (in_a_new_thread, "/1 left "),
+        (unanswered, " has the answers []"),
+        (mixed_up, "(m1) has another's answer: 'answer to m2"),
+        (without_its_end, " ended 0 times"),
+        (damaged, "seal"),
+        (said_twice, " is in the transcripts 2 times"),
+        (seen, "X/1 started while session-s was at work"),
+        (left_over, "left in tasks/: 2026"),
+    ],
+)
+def test_the_oracle_finds(
+    told: Place, tmp_path: Path, harm: Callable[[Place], None], problem: str
+) -> None:
+    shutil.copytree(told.root, tmp_path / "root", ignore=shutil.ignore_patterns("*.sock"))
+    shutil.copytree(told.notes, tmp_path / "notes")
+    place = Place(tmp_path, tmp_path / "root")
+    harm(place)
+    found = oracle.check(place, ["1.md", "2.md", "3.md"][: 3 if "lost" in problem else 2])
+    assert any(problem in one for one in found), found
