@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 TESTS ?= -n auto --dist loadgroup
 PROOFS ?= tests/proof
 
-.PHONY: venv demo test lint bench proof proof-long deb clean
+.PHONY: venv demo test lint bench proof proof-long soak coverage deb clean
 
 venv: $(READY)
 
@@ -47,6 +47,17 @@ proof: $(READY)
 
 proof-long: $(READY)
 	PROOF=long $(VENV)/bin/python -m pytest $(PROOFS)
+
+# Mixed load for HOURS; a line a minute, and status 1 when something does not stay flat.
+HOURS ?= 1
+soak: $(READY)
+	$(VENV)/bin/python -m tests.proof.soak --hours $(HOURS)
+
+# Branch coverage by all tests and the daemons that they start, for about twice the processor
+# time.  Workers load no more than they need and what is killed says nothing: neither counts.
+COVERED := --cov=codexd --cov-branch --cov-config=tests/coverage.ini --cov-report=term:skip-covered
+coverage: $(READY)
+	$(VENV)/bin/python -m pytest $(TESTS) $(COVERED)
 
 bench: $(READY)
 	$(VENV)/bin/python -m bench

@@ -149,16 +149,26 @@ class Attempts:
         """Start what may start: orders, then the ledger, then the worker."""
         active = self.launcher.active()
         self.aside.tend(idle=not active)
+        self._look_at_probes()
         gate = self.keeper.gate(now)
         apart = not self.config.workdir_sharing
         tasks = self.ledger.book.tasks.values()
         chosen = dispatch.ready(tasks, gate, self.config.workers, active, apart)
-        self.probing |= {t.id: held for t in chosen if (held := gate.held(t))}
         events = [e for e in map(self._ordered, chosen) if e]
+        begun = {e.id for e in events if e.kind is Kind.RUNNING}
+        self.probing |= {t.id: held for t in chosen if t.id in begun and (held := gate.held(t))}
         self.record(events)
-        self.launcher.start([e.id for e in events if e.kind is Kind.RUNNING], self.orders.limits)
+        self.launcher.start([e.id for e in events if e.id in begun], self.orders.limits)
         self.orders.limits.clear()
         self.concluded |= {e.id for e in events if e.kind is not Kind.RUNNING}
+
+    def _look_at_probes(self) -> None:
+        """The model has answered one: the others need not wait until its turn has ended."""
+        for id, held in list(self.probing.items()):
+            task = self.ledger.book.tasks.get(id)
+            if task and task.state is State.RUNNING and self.finish.evidence.answered(task):
+                del self.probing[id]
+                self.keeper.passed(held)
 
     def _ordered(self, task: Task) -> Event | None:
         """The event that begins its attempt; None while a file of its own is in the way."""

@@ -22,7 +22,7 @@ from codexd.dispatch import overlap
 from codexd.model import State, Task
 
 _FILE = "beside"
-_LOOK = 16 << 20  # bytes of its events; one that writes does not talk for so long before
+_LOOK = 1 << 20  # bytes of its events; one that writes does not talk for so long before
 # No text can hold this: within a string of JSON the quotes are escaped.
 _WRITES = re.compile(rb'"type":\s*"(?:command_execution|file_change|mcp_tool_call)"')
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from codexd.model import State, Task
 
 AFTER, NOT_BEFORE = "after", "not_before"  # reasons to wait that a task's file gives
-
-
 # Reasons that hold only those who use the credential that met them.
 KEYED = frozenset({"quota", "auth"})
 
@@ -37,7 +35,11 @@ class Gate:
 
     def held(self, task: Task) -> frozenset[str]:
         """The reasons that hold this task."""
-        used = task.profile or self.profile
+        return self.holding(task.profile)
+
+    def holding(self, profile: str | None) -> frozenset[str]:
+        """The reasons that hold tasks with this profile of their own."""
+        used = profile or self.profile
         return frozenset(reason for reason in self.closed if self._holds(reason, used))
 
     def _holds(self, reason: str, profile: str | None) -> bool:
@@ -84,16 +86,17 @@ def _before(task: Task) -> int:
 
 def _let(queued: list[Task], working: list[Task], gate: Gate, unknown: bool) -> list[Task]:
     """Those that nothing holds, after one for each reason that may be tried."""
-    held = {task.id: gate.held(task) for task in queued}
+    # Ten thousand may be held: each profile is looked at once.
+    by_profile = {profile: gate.holding(profile) for profile in {t.profile for t in queued}}
     tried = {reason for task in working for reason in gate.held(task)}
     probes = []
     # The task that met the reason may be the reason: let another find out.
     for task in sorted(queued, key=lambda task: (task.launches, -task.priority)):
-        reasons = held[task.id]
+        reasons = by_profile[task.profile]
         if reasons and not unknown and reasons <= gate.probes and not reasons & tried:
             probes.append(task)
             tried |= reasons
-    return probes + sorted((t for t in queued if not held[t.id]), key=_before)
+    return probes + sorted((t for t in queued if not by_profile[t.profile]), key=_before)
 
 
 def overlap(one: str, other: str) -> bool:
@@ -112,12 +115,12 @@ def _apart(queued: list[Task], working: list[Task], width: int) -> list[Task]:
     chosen: list[Task] = []
     taken: set[str] = set()
     over: set[str] = set()  # the directories that these lie in, and they themselves
-    for task in [*working, *queued]:
+    for number, task in enumerate([*working, *queued]):
         lineage = _lineage(task.workdir or "/")  # nobody knows which: then it may be any
         free = lineage[0] not in over and taken.isdisjoint(lineage)
         taken.add(lineage[0])
         over.update(lineage)
-        if free and task.state is State.QUEUED:
+        if free and number >= len(working):
             chosen.append(task)
             if len(chosen) == width:
                 break

@@ -114,8 +114,8 @@ def _decode(text: str) -> object:
         value, end = make_scanner(_Plain)(  # type: ignore[arg-type]
             text.strip(" \t\n\r"), 0
         )
-    except (ImportError, AttributeError, TypeError, StopIteration, ValueError):
-        end = -1
+    except (ImportError, AttributeError, TypeError, StopIteration, ValueError, SystemError):
+        end = -1  # SystemError: its errors are json's, which is not there
     if end != len(text.strip(" \t\n\r")):
         import json
 

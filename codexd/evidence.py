@@ -20,6 +20,7 @@ from codexd.model import USAGE_KEYS, Task
 from codexd.outcome import Outcome
 
 _EVENTS_LIMIT = 512 << 20
+_BEGINNING = 64 << 10  # bytes; the first item comes soon after the start of the turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,17 @@ class Evidence:
     def was_stopped(self, task: Task) -> bool:
         """Whether its worker was told to stop, and we did not tell it."""
         return not task.cancel and not self._left(task).ended
+
+    def answered(self, task: Task) -> bool:
+        """Whether the model has said or done anything in the attempt that runs now."""
+        reader = codex.Reader()
+        path = place.attempt(self.dirs, task.id, task.launches) / "events.jsonl"
+        try:
+            with open(path, "rb") as events:
+                reader.feed(events.read(_BEGINNING))
+        except FileNotFoundError:
+            return False  # Codex is starting
+        return reader.items_seen > 0
 
     def _left(self, task: Task) -> Result:
         """What the attempt's directory tells."""

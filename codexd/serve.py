@@ -40,7 +40,10 @@ class Http:
         assert child.stdout is not None
         said = child.stdout.readline().split()
         if said[:1] != ["listening"]:
-            raise HttpFailed(child.wait() or Exit.UNAVAILABLE)
+            status = child.wait()
+            if status <= 0:  # killed: it could not say why
+                self._service.log(Level.ERROR, "http.died", status=status)
+            raise HttpFailed(status if status > 0 else Exit.UNAVAILABLE)
         self.address = said[1]
 
     def _spawn(self) -> subprocess.Popen[str]:

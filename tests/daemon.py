@@ -63,6 +63,9 @@ class Daemon:
     ) -> None:
         if kind is not None and self.log.exists():
             print(self.log.read_text()[-8000:])
+        if self.child is not None and "COVERAGE_PROCESS_CONFIG" in os.environ:
+            self.child.terminate()  # what is killed cannot say which lines it has run
+            self.child.wait(30)
         self.kill()
 
     def start(self) -> None:

@@ -168,8 +168,8 @@ def test_a_parent_that_comes_a_batch_later(root: Family) -> None:
     root.drop_task("parent", key="last")
     root.start()
     until(lambda: len(list(root.dirs.answers.iterdir())) == 71, "all of them", 120)
+    until(lambda: all(t["state"] == "done" for t in root.tasks()), "they are all done")
     tasks = root.tasks()
-    assert all(t["state"] == "done" for t in tasks)
     ended = next(t["ended"] for t in tasks if t["title"] == "parent")
     assert min(t["started"] for t in tasks if t["title"] != "parent") > ended
 
@@ -250,13 +250,15 @@ def test_a_parent_that_ended_as_the_daemon_died(root: Family) -> None:
     until(lambda: root.task(child)["reason"] == "hold", "the hold")
     root.cancel(running)
     root.reaches(child, "failed")
+    archived = root.dirs.archive / f"{child[:4]}-{child[4:6]}" / child
+    until(archived.is_dir, "it is in the archive")
     root.kill()
     # Take the child's last line away again, and its record out of the archive.
     whole = root.dirs.ledger.read_bytes()
     lines = whole.splitlines(keepends=True)
     keep = [line for line in lines if not (child.encode() in line and b"**failed**" in line)]
     root.dirs.ledger.write_bytes(b"".join(keep))
-    (root.dirs.archive / f"{child[:4]}-{child[4:6]}" / child).rename(root.dirs.tasks / child)
+    archived.rename(root.dirs.tasks / child)
     (root.dirs.tasks / child / "status.json").unlink()
     root.start()
     failed = root.reaches(child, "failed")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from codexd import aside, lock
 from codexd.outcome import Outcome
-from tests.daemon import until
 from tests.scripted_cases import CaseModel
 from tests.test_failures import Seen, prepared
 
@@ -25,10 +26,13 @@ def model() -> Iterator[CaseModel]:
 
 def corrupt(home: Path, how: str) -> list[str]:
     """Damage every database; the names of what is there."""
-    for path in home.glob("*.sqlite-*"):
-        path.unlink()
     files = sorted(home.glob("*.sqlite"))
     assert files
+    for path in files:
+        with closing(sqlite3.connect(path)) as database:  # all of it is in the file then
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    for path in home.glob("*.sqlite-*"):
+        path.unlink()
     for path in files:
         whole = path.read_bytes()
         damaged = {

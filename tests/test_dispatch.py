@@ -158,6 +158,8 @@ def test_ten_thousand_that_wait_for_directories_cost_little() -> None:
 
 def test_nobody_works_where_a_worker_is_still_there() -> None:
     """Its task waits for its next attempt, and the one before is not gone."""
+    again = [of("a", workdir="/w"), of("b", workdir="/w")]
+    assert [t.id for t in ready(again, OPEN, 4, {"a"}, apart=True)] == []
     queue = [of("a", workdir="/w", state=W), of("b", workdir="/w")]
     assert [t.id for t in ready(queue, OPEN, 4, {"a"}, apart=True)] == []
     assert [t.id for t in ready(queue, OPEN, 4, set(), apart=True)] == ["b"]

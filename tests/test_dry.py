@@ -11,9 +11,13 @@ from threading import Lock
 
 import pytest
 
+from codexd.config import Directories, load
+from codexd.gate import Keeper
 from codexd.ledger import Ledger
 from codexd.model import Event, Kind, Request
+from codexd.outcome import Outcome
 from codexd.replies import Answer, Turn
+from codexd.spend import Spend
 from tests.daemon import Daemon, until
 from tests.scripted_cases import ENDINGS, CaseModel
 from tests.test_failures import Seen, health, prepared
@@ -105,6 +109,72 @@ def test_who_was_running_does_not_open_the_gate(tmp_path: Path) -> None:
         daemon.run("release")
         assert daemon.answer("more")[1] == "more\n"
         assert daemon.answer("spent")[1] == "spent\n"
+
+
+def test_a_long_probe_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    with CaseModel() as model, prepared(tmp_path / "root", model, CONFIG) as daemon:
+        daemon.drop("long.md", "[[shell true]][[first 1 quota 7200]][[hold long]][[say long]]")
+        Seen(daemon, "long.md").until("queued", "quota")
+        daemon.run("release")
+        model.wait_held("long")  # it has been answered once
+        daemon.drop("more.md", "[[say more]]")
+        assert daemon.answer("more")[1] == "more\n"
+        assert health(daemon)["status"] == "ok"
+        model.release("long")
+        front, text = daemon.answer("long")
+        assert (text, front["attempts"]) == ("long\n", 1)
+
+
+def silent(_event: str, **_fields: object) -> None:
+    """A log that nobody reads."""
+
+
+class Waiting:
+    """A keeper of the gate, and the pauses that it makes."""
+
+    def __init__(self, root: Path, config: str = "") -> None:
+        dirs = Directories.below(root)
+        root.mkdir()
+        dirs.config_file.write_text(config)
+        self.ledger = Ledger(dirs.ledger, dirs.checkpoint)
+        spend = Spend(dirs.usage, silent)
+        self.keeper = Keeper(load(dirs, explicit=True), self.ledger, spend, silent, silent)
+
+    def is_due(self, reason: str, later: float) -> bool:
+        return reason in self.keeper.gate(time.monotonic() + later).probes
+
+
+def test_pauses_of_unknown_length_grow_with_the_probes_alone(tmp_path: Path) -> None:
+    one = Waiting(tmp_path / "root")
+    words = "Quota exceeded. Check your plan and billing details."
+    for _ in range(4):  # all that were running meet it
+        one.keeper.met(Outcome.QUOTA, words)
+    assert not one.is_due("quota", 59)
+    assert one.is_due("quota", 61)
+    for pause in (120, 240, 480):
+        one.keeper.release()
+        assert one.is_due("quota", 0)
+        one.keeper.met(Outcome.QUOTA, words)
+        assert not one.is_due("quota", pause - 1)
+        assert one.is_due("quota", pause + 1)
+    assert one.ledger.path.read_text().count("**closed**") == 1
+    one.keeper.passed({"quota"})
+    assert not one.keeper.closed
+
+
+def test_each_credential_has_its_own_pause(tmp_path: Path) -> None:
+    one = Waiting(tmp_path / "root", "codex:\n  profile: usual\n")
+    words = "Quota exceeded. Check your plan and billing details."
+    one.keeper.met(Outcome.QUOTA, words, "usual")
+    one.keeper.met(Outcome.AUTH, words, "work")
+    one.keeper.met(Outcome.HOST, words, "work")
+    assert set(one.keeper.closed) == {"quota", "auth:work", "host"}
+    one.keeper.passed({"quota", "host"})
+    assert set(one.keeper.closed) == {"auth:work"}
+    assert one.is_due("auth:work", 61)
+    one.keeper.close("hold", "held by hand")
+    one.keeper.passed({"hold"})
+    assert "hold" in one.keeper.closed
 
 
 @pytest.mark.parametrize("reason", ["quota", "auth"])

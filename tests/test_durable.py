@@ -172,6 +172,17 @@ def test_damaged_json_is_an_error_with_the_file_s_name_or_place(
         durable.read_json(tmp_path / "f")
 
 
+def test_damaged_json_is_an_error_where_json_was_never_imported(tmp_path: Path) -> None:
+    """As in a worker: the scanner then fails without an error of its own."""
+    (tmp_path / "f").write_bytes(b'{"a": "x')
+    read = "import sys; sys.path.insert(0, sys.argv[1]); from codexd import durable\n"
+    read += "try: durable.read_json(sys.argv[2])\nexcept ValueError as error: print(error)"
+    package = Path(durable.__file__).parents[1]
+    command = [sys.executable, "-I", "-S", "-c", read, package, tmp_path / "f"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "not JSON: Unterminated string" in done.stdout
+
+
 ANY = st.text(st.characters(exclude_categories=()), max_size=20)
 
 

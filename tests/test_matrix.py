@@ -203,9 +203,7 @@ def scripted() -> Iterator[Telling]:
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory: pytest.TempPathFactory, scripted: Telling) -> Iterator[Matrix]:
     with prepared(tmp_path_factory.mktemp("matrix") / "root", scripted, CONFIG) as daemon:
-        scripted.write_config(
-            daemon.dirs.codex_home, request_max_retries=0, stream_max_retries=0
-        )
+        scripted.write_config(daemon.dirs.codex_home, request_max_retries=0, stream_max_retries=0)
         for number in range(len(CASES)):
             (daemon.dirs.codex_home / f"p{number}.config.toml").write_text("")
         files = {case: file_of(case, *where) for case, where in CASES.items()}

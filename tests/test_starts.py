@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from codex_cli_bin import bundled_codex_path
 
-from codexd import lock
+from codexd import lock, start
 from codexd.turn import STARTING
 from tests.daemon import until
 from tests.processes import kill, naming
@@ -103,21 +104,21 @@ def test_whoever_is_killed_holds_up_nobody(starts: Starts) -> None:
 
 def test_twelve_at_once_on_a_new_home_of_the_real_cli(tmp_path: Path) -> None:
     """All make the same databases; none is refused, and no two open them at once."""
-    with CaseModel() as model:
-        with prepared(tmp_path / "root", model, "workers: 12\nhttp:\n  listen: off\n") as daemon:
-            for number in range(12):
-                daemon.drop(f"t{number}.md", f"[[say {number}]]")
-            for number in range(12):
-                front, text = daemon.answer(f"t{number}", 60)
-                assert (text, front["attempts"]) == (f"{number}\n", 1)
-            assert not re.search(r"transient|interruptions", daemon.dirs.ledger.read_text())
+    config = "workers: 12\nhttp:\n  listen: off\n"
+    with CaseModel() as model, prepared(tmp_path / "root", model, config) as daemon:
+        for number in range(12):
+            daemon.drop(f"t{number}.md", f"[[say {number}]]")
+        for number in range(12):
+            front, text = daemon.answer(f"t{number}", 60)
+            assert (text, front["attempts"]) == (f"{number}\n", 1)
+        assert not re.search(r"transient|interruptions", daemon.dirs.ledger.read_text())
 
 
 def test_a_start_that_raced_is_tried_again_and_not_counted(tmp_path: Path) -> None:
     """A stand-in says what Codex said when it lost the race, once."""
     with CaseModel() as model, prepared(tmp_path / "root", model, CONFIG) as daemon:
         fake = daemon.root / "locked"
-        fake.write_text(LOCKED.format(root=daemon.root, real=_real()))
+        fake.write_text(LOCKED.format(root=daemon.root, real=bundled_codex_path()))
         fake.chmod(0o755)
         (daemon.root / "codexd.yaml").write_text(CONFIG + f"codex:\n  bin: {fake}\n")
         daemon.stop()
@@ -142,24 +143,18 @@ exec {real} "$@"
 """
 
 
-def _real() -> str:
-    from codex_cli_bin import bundled_codex_path
-
-    return str(bundled_codex_path())
-
-
 def test_a_held_up_start_goes_on_without_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from codexd import start
-
-    monkeypatch.setattr(start, "START_WAIT", 0.2)
+    monkeypatch.setattr(start, "START_WAIT", 0.2)  # a number, not what it is about
     place = Place(tmp_path)
+    code = "import sys; from codexd import lock; lock.hold_start(sys.argv[1], 0); print(flush=True)"
     held = subprocess.Popen(
-        [sys.executable, "-c", f"from codexd import lock; lock.hold_start({str(tmp_path / 'home')!r}, 0)"
-         "; print(flush=True); input()"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
+        [sys.executable, "-c", f"{code}; input()", str(tmp_path / "home")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )
     assert held.stdout is not None
     held.stdout.readline()
     one = start.Attempt(str(place.tasks), ID)

@@ -121,9 +121,7 @@ def overlapping(model: CaseModel) -> list[tuple[str, str]]:
     ]
 
 
-def test_a_task_of_the_same_session_waits_for_its_session(
-    tmp_path: Path, model: CaseModel
-) -> None:
+def test_a_task_of_the_same_session_waits_for_its_session(tmp_path: Path, model: CaseModel) -> None:
     with served(tmp_path / "root", model, APART) as daemon:
         held(daemon, model, "first", "", workdir="a", session="s")
         daemon.drop("second.md", front_matter("workdir: b\nsession: s") + "[[say second]]")

@@ -33,7 +33,7 @@ class Killer:
 
     def __init__(self, home: Path, chance: random.Random) -> None:
         self.place = Place(home, home / "root", http=True)
-        self.place.work(0.0, 0.4)
+        self.place.work(0.0, 1.0)
         self.chance = chance
         self.killed: Counter[str] = Counter()
 

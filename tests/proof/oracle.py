@@ -37,7 +37,6 @@ class Story:
     rejected: dict[str, str] = field(default_factory=dict)  # file -> reason
     kinds: Counter[str] = field(default_factory=Counter)
     mark: dict[str, str] = field(default_factory=dict)  # id -> what its prompt says
-    session: dict[str, str] = field(default_factory=dict)
 
 
 def idle(place: Place) -> bool:
@@ -66,8 +65,12 @@ def story(place: Place, problems: list[str]) -> Story:
         elif event.kind in ENDS:
             told.ends[event.id].append(event)
     for path in place.dirs.archive.glob("*/*/task.json"):
-        prompt = json.loads(path.read_text())["request"]["prompt"]
-        told.mark[path.parent.name], told.session[path.parent.name] = _MARK.findall(prompt)[-1]
+        try:
+            prompt = json.loads(path.read_bytes())["request"]["prompt"]
+        except ValueError as damage:
+            problems.append(f"{path}: {damage}")
+        else:
+            told.mark[path.parent.name] = _MARK.findall(prompt)[-1][0]
     return told
 
 
@@ -138,9 +141,9 @@ def _answered(place: Place, told: Story) -> list[str]:
             continue
         front, text = read_answer(found[0])
         kinds = [event.kind.value for event in told.ends[id]]
-        if front["id"] != id or [front["state"]] != kinds:
-            problems.append(f"{id}: the answer says {front['state']}, the ledger {kinds}")
-        if front["state"] == "done" and text != f"answer to {told.mark.get(id)}\n":
+        if front.get("id") != id or [front.get("state")] != kinds:
+            problems.append(f"{id}: the answer says {front.get('state')}, the ledger {kinds}")
+        if kinds == ["done"] and text != f"answer to {told.mark.get(id)}\n":
             problems.append(f"{id} ({told.mark.get(id)}) has another's answer: {text!r}")
     problems += [f"an answer to nothing: {paths}" for paths in answers.values()]
     return problems
@@ -180,15 +183,22 @@ def _ordered(told: Story, starts: list[dict[str, Any]]) -> list[str]:
 
 def _said(place: Place, told: Story) -> list[str]:
     """The transcripts have every attempt once."""
+    problems = []
     said: Counter[tuple[str, int]] = Counter()
     answers: Counter[str] = Counter()
     for path in place.dirs.transcripts.glob("*.jsonl"):
         for line in path.read_text().splitlines():
-            one = json.loads(line)
+            try:
+                one = json.loads(line)
+            except ValueError as damage:
+                problems.append(f"{path}: {damage}")
+                continue
             if one["role"] == "assistant":
                 said[one["task"], one["attempt"]] += 1
                 answers[one["task"]] += "outcome" not in one
-    problems = [f"{id}/{n} is in the transcripts {k} times" for (id, n), k in said.items() if k > 1]
+    problems += [
+        f"{id}/{n} is in the transcripts {k} times" for (id, n), k in said.items() if k > 1
+    ]
     for id, ends in told.ends.items():
         done = bool(ends) and ends[0].kind is Kind.DONE
         if answers[id] != done:

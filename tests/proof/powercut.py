@@ -29,7 +29,8 @@ from tests.proof.load import Load
 from tests.proof.place import Place, report, scratch, seed_of
 
 KINDS = ("ext4", "xfs")
-TOOLS = ("mkfs.ext4", "mkfs.xfs", "xfs_io", "mount", "umount", "losetup")
+TOOLS = ("mkfs.ext4", "mkfs.xfs", "xfs_io", "mount", "umount", "losetup", "unshare")
+_ALONE = "CODEXD_PROOF_ALONE"
 _SIZE = 320 << 20  # mkfs.xfs makes none of less than 300 MB
 
 
@@ -134,6 +135,17 @@ def judge(place: Place, load: Load, figures: Counter[str]) -> list[str]:
     return oracle.check(place, load.acknowledged, resumes=False)
 
 
+def alone() -> None:
+    """Go on where nobody else sees what we mount, and so nobody can keep it mounted.
+
+    A shut file system that is still held somewhere is what the next mount would find.
+    """
+    if os.environ.get(_ALONE) != "yes":
+        own = [sys.executable, "-m", "tests.proof.powercut", *sys.argv[1:]]
+        command = ["unshare", "--mount", "--propagation", "slave", *own]
+        os.execvpe(command[0], command, {**os.environ, _ALONE: "yes"})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="cut the power in mid-load")
     parser.add_argument("--cuts", type=int, default=10, help="of each file system")
@@ -143,6 +155,7 @@ def main() -> int:
     if why := missing():
         print(f"powercut: skipped: {why}")
         return 77
+    alone()
     seed, began = seed_of(args), time.monotonic()
     status = 0
     for kind in args.fs or KINDS:

@@ -89,7 +89,7 @@ def _wait_then(gate: int, ours: int, place: Place, scene: scenes.Scene) -> NoRet
     import ctypes
 
     os.close(ours)
-    ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1 % (1 << 64)), 0, 0, 0)  # PR_SET_PTRACER
+    ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER
     os.read(gate, 1)
     if scene.worker:
         scenes.work(place, FIRST)
@@ -107,18 +107,18 @@ def calls(lines: list[str], root: Path) -> list[tuple[str, int, bool]]:
     return found
 
 
-def points(template: Template) -> list[Point]:
-    """All of a scene: what two recordings agree on."""
+def points(template: Template, recordings: int) -> list[Point]:
+    """All of a scene: what so many recordings agree on."""
     seen: list[set[tuple[str, int]]] = []
-    for _ in range(2):
+    for _ in range(recordings):
         place = template.fresh()
         status, lines = traced(place, template.scene)
         if status:
             raise RuntimeError(f"{template.scene.name}: {status}: {place.log.read_text()[-2000:]}")
         settle(place)
         seen.append({(name, n) for name, n, ours in calls(lines, place.root) if ours})
-    both = sorted(seen[0] & seen[1])
-    return [Point(template.scene.name, *one, fault) for one in both for fault in FAULTS]
+    found = sorted(set.intersection(*seen))
+    return [Point(template.scene.name, *one, fault) for one in found for fault in FAULTS]
 
 
 # --- one point --------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def shard(
 ) -> Iterator[tuple[str, int]]:
     """Play this shard's part; problems as they come, then counts as (name, number)."""
     templates = {name: Template(SCENES[name], home) for name in args.scene or SCENES}
-    everything = [points(one) for one in templates.values()]
+    everything = [points(one, 1 if args.sample else 2) for one in templates.values()]
     chosen = [point for one in everything for point in one]
     if args.sample:
         chosen = sample(chosen, args.sample, random.Random(seed))

@@ -134,8 +134,8 @@ def configuration(where: Path) -> Callable[[bytes], str | None]:
         try:
             config.load(dirs, explicit=True)
         except ConfigError as why:
-            assert str(why).startswith(str(dirs.config_file))
-            return str(why).removeprefix(str(dirs.config_file))
+            place, _, reason = str(why).partition(str(dirs.config_file))
+            return reason if not place else ""
         return None
 
     return take
@@ -156,7 +156,7 @@ def state_file(where: Path) -> Callable[[bytes], str | None]:
     path = where / "it"
     readers: list[Callable[[], object]] = [
         lambda: durable.read_json(path),
-        lambda: session.load(path),
+        lambda: session.load(dirs.sessions, "web"),
         lambda: list(transcript.threads(path)),
         lambda: transcript.began(path),
         lambda: exits.read(path),
@@ -167,6 +167,7 @@ def state_file(where: Path) -> Callable[[bytes], str | None]:
 
     def take(data: bytes) -> str | None:
         path.write_bytes(data)
+        (dirs.sessions / "web.json").write_bytes(data)
         dirs.heartbeat.write_bytes(data)
         spend.path_of(dirs.usage, "2026-11-23").write_bytes(data)
         reason = None

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.daemon import PYTHON, until
+from tests.processes import kill
 from tests.proof import oracle, powercut
 from tests.proof.level import Figures, pick, seed
 from tests.proof.place import TOP, Place
@@ -59,6 +60,18 @@ def test_the_power_is_cut(figure: Figures, tmp_path: Path, kind: str) -> None:
     cuts = pick(2, 10, 200)
     (found,) = prove(figure, tmp_path / "table", "powercut", "--cuts", cuts, "--fs", kind)
     assert found["cuts"] == cuts
+
+
+def test_a_server_that_is_killed_while_it_starts_is_told(tmp_path: Path) -> None:
+    place = Place(tmp_path, tmp_path / "root", http=True)
+    place.launch()
+    kill(until(lambda: place.find("codexd.http"), "the server"))
+    until(lambda: not place.up(), "the end of the daemon", 20)
+    assert place.child is not None
+    assert place.child.returncode == 69
+    assert "error http.died status=-9" in place.log.read_text()
+    assert not place.is_ready()
+    place.reap()
 
 
 # --- the oracle itself -----------------------------------------------------------------

@@ -52,7 +52,7 @@ def run(daemon: Daemon, where: Path, examples: int, seed: int, *more: str) -> No
     """One run of the command."""
     address = daemon.ready.rpartition("http=")[2]
     (where / "schemathesis.toml").write_text(SETTINGS)
-    command = [
+    command: list[str | Path] = [
         sys.executable, "-m", "schemathesis.cli", "--config-file", where / "schemathesis.toml",
         "run", f"{address}/openapi.json", "-H", f"Authorization: Bearer {TOKEN}",
         "--checks", CHECKS, "--max-examples", str(examples), "--seed", str(seed),
