@@ -66,15 +66,13 @@ def argv(
     if thread is not None and not is_thread_id(thread):
         raise ValueError(f"{thread!r} is not the id of a Codex thread")
     args = [binary, "exec", "--json", "--color", "never", "--skip-git-repo-check", "-C", workdir]
-    if sandbox and sandbox.startswith(PERMISSIONS):
+    ours = sandbox is not None and sandbox.startswith(PERMISSIONS)
+    if ours:
         # Said here it beats a sandbox_mode in the admin's config.toml; in the file it would not.
         args += ["-p", PROFILE, "-c", f'default_permissions="{sandbox}"']
-        sandbox = None
-        if unguided:
-            args += ["-c", "project_doc_max_bytes=0"]
-    for option, value in (("-s", sandbox), ("-p", profile), ("-m", model)):
-        if value is not None:
-            args += [option, value]
+        args += ["-c", "project_doc_max_bytes=0"] if unguided else []
+    for option, value in (("-s", None if ours else sandbox), ("-p", profile), ("-m", model)):
+        args += [] if value is None else [option, value]
     for directory in add_dirs:
         args += ["--add-dir", directory]
     if output_schema is not None:

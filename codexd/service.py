@@ -73,7 +73,10 @@ def sentence(error: OSError) -> str:
 
 
 def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        pass  # a log on a full disk: work goes on without it, and there is nobody to tell
 
 
 class Service:

@@ -26,6 +26,7 @@ CODEX = f"{SITE}/{Path(bundled_codex_path()).relative_to(sysconfig.get_path('pur
 FAKE = f"{TREE}/tests/bin/codex"
 ALICE, MALLORY = "alice", "mallory"
 SPOOL, STATE = "/var/spool/codexd", "/var/lib/codexd"
+WORK = f"{STATE}/work"
 KEY = "sk-the-canary-of-the-key"
 PLACE = "/var/model"
 

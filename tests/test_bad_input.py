@@ -993,3 +993,15 @@ def fill(root: Path) -> None:
                     file.write(b"x" * size)
             except OSError:
                 continue
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    """As where the log lies on the very disk that is full."""
+    one = Mortal(tmp_path / "root")
+    one.log = Path("/dev/full")
+    try:
+        one.start()
+        one.drop("logless.md", "all the same")
+        assert by_file(one, "logless.md")["state"] == "done"
+    finally:
+        one.stop()

@@ -14,7 +14,7 @@ import pytest
 from codexd.units import unit
 from tests.box import Box
 from tests.box.host import require
-from tests.installed import KEY, SPOOL, STATE, Installed
+from tests.installed import KEY, SPOOL, STATE, WORK, Installed
 
 pytestmark = [pytest.mark.xdist_group("box"), pytest.mark.timeout(300)]
 
@@ -62,9 +62,7 @@ def codexd() -> Iterator[Installed]:
         box.push({"/etc/codexd/http.token": TOKEN + "\n"}, mode=0o640)
         box.run("chgrp", "codexd", "/etc/codexd/http.token")
         one.configure(one.config + "http:\n  listen: unix\n  token_file: /etc/codexd/http.token\n")
-        box.push(
-            {f"{STATE}/work/look.sh": LOOK, f"{STATE}/work/open.txt": OPEN + "\n"}, owner="codexd"
-        )
+        box.push({f"{WORK}/look.sh": LOOK, f"{WORK}/open.txt": OPEN + "\n"}, owner="codexd")
         box.run("systemctl", "start", "codexd")
         one.drop(f"---\nsession: other\n---\n{WORDS}\n[[say again: {WORDS}]]", "other.md")
         one.ended("other")
@@ -91,7 +89,7 @@ def looked(one: Installed, name: str, front: str) -> str:
 @pytest.mark.parametrize("sandbox", ["workspace-write", "read-only"])
 def test_a_turn_in_the_sandbox_finds_and_does_nothing(codexd: Installed, sandbox: str) -> None:
     told = looked(codexd, f"in-{sandbox}", f"sandbox: {sandbox}")
-    assert f"found OPEN in {STATE}/work/open.txt" in told, "it can look"
+    assert f"found OPEN in {WORK}/open.txt" in told, "it can look"
     assert ("wrote to work-file" in told) == (sandbox == "workspace-write")
     left = told.replace("wrote to work-file", "").replace("found OPEN", "")
     for word in ("found ", "wrote to", "did ", "spoke to", "saw "):

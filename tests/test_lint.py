@@ -10,9 +10,9 @@ from pathlib import Path
 TOP = Path(__file__).resolve().parent.parent
 TEXTS = [
     path
-    for pattern in ("man/*", "config/*", "examples/**/*", "systemd/**/*", "debian/*", "codexd/*.py", "tests/**/*.py", "bench/*.py",
-                    "README.md", "NEWS", "HACKING", "LICENSE", "Makefile", "setup.cfg",
-                    "pyproject.toml", ".ci/*")
+    for pattern in ("man/*", "config/*", "examples/**/*", "systemd/**/*", "debian/*",
+                    "codexd/*.py", "tests/**/*.py", "bench/*.py", "README.md", "NEWS", "HACKING",
+                    "LICENSE", "Makefile", "setup.cfg", "pyproject.toml", ".ci/*")
     for path in sorted(TOP.glob(pattern))
     if path.is_file()
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from codexd.units import unit
 from tests.box import BIN, Box
 from tests.box.host import require
 from tests.daemon import until
-from tests.installed import ALICE, MALLORY, SPOOL, STATE, Installed
+from tests.installed import ALICE, MALLORY, SPOOL, STATE, WORK, Installed
 
 pytestmark = pytest.mark.xdist_group("box")
 
@@ -90,11 +90,11 @@ def test_the_check_of_a_task(codexd: Installed) -> None:
     front = f"verify: {{command: 'test -e mend || {{ touch asked; {wait}; false; }}'}}\n"
     codexd.drop(f"---\n{front}---\n[[say a]]", "checked.md")
     id = codexd.running("checked")
-    asked = ("test", "-e", f"{STATE}/work/asked")
+    asked = ("test", "-e", f"{WORK}/asked")
     until(lambda: codexd.box.run(*asked, check=False).returncode == 0, "the check runs")
     shown = codexd.box.show(unit(id), "StatusText")["StatusText"]
     assert shown.startswith("verifying: test -e mend")
-    codexd.box.run("touch", f"{STATE}/work/mend")
+    codexd.box.run("touch", f"{WORK}/mend")
     assert codexd.ended("checked")["state"] == "done"
     codexd.wait_gone()
 
