@@ -65,7 +65,7 @@ bench: $(READY)
 # From a copy, so that nothing is left in the tree; by the system's Python, not that of a venv.
 DIST ?= dist
 BUILD ?= build/deb
-SHIPPED := codexd config debian man systemd LICENSE NEWS README.md pyproject.toml setup.cfg
+SHIPPED := codexd config debian examples man systemd LICENSE NEWS README.md pyproject.toml setup.cfg
 
 deb: export PATH := /usr/sbin:/usr/bin:/sbin:/bin
 deb:

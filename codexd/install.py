@@ -98,7 +98,7 @@ def programs() -> Path:
     Raises Trouble.
     """
     called = os.path.dirname(os.path.abspath(shutil.which(sys.argv[0]) or sys.argv[0]))
-    beside = [os.path.dirname(sys.executable), os.path.dirname(os.path.realpath(sys.argv[0]))]
+    beside = [os.path.dirname(os.path.realpath(sys.argv[0])), os.path.dirname(sys.executable)]
     for place in (*beside, called):
         if all(os.access(os.path.join(place, name), os.X_OK) for name in PROGRAMS):
             return Path(os.path.abspath(place))

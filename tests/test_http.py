@@ -505,7 +505,7 @@ def test_the_manager_is_told(tmp_path: Path) -> None:
             web.child.terminate()
             while heard[-1] != "STOPPING=1":
                 heard.append(manager.recv(4096).decode())
-    assert heard[:2] == ["READY=1", f'STATUS="listening on {web.address}"']
+    assert heard[:2] == ["READY=1", f"STATUS=listening on {web.address}"]
     assert heard[2:5] == ["WATCHDOG=1"] * 3
 
 

@@ -161,8 +161,12 @@ def test_what_is_refused(command: Path, tmp_path: Path) -> None:
     assert (done.returncode, "--root and --config are not" in done.stderr) == (2, True)
     lonely = tmp_path / "lonely"
     lonely.mkdir()
-    shutil.copy(command, lonely / "codexd")
-    done = run(lonely / "codexd", "install", "--prefix", str(tmp_path))
+    # By a Python that has no such programs beside it, either.
+    shutil.copy(programs(lonely, sys._base_executable), lonely / "alone")  # type: ignore[attr-defined]
+    for name in NAMES:
+        (lonely / name).unlink()
+    packages = f"{ROOT}:{sysconfig.get_path('purelib')}"
+    done = run(lonely / "alone", "install", "--prefix", str(tmp_path), PYTHONPATH=packages)
     assert (done.returncode, "install codexd with pip" in done.stderr) == (1, True)
     spaced = tmp_path / "a b"
     spaced.mkdir()
