@@ -265,6 +265,7 @@ def test_purged_it_leaves_what_is_the_users(codexd: Packaged, deb: Path) -> None
     codexd.box.run("systemctl", "start", "codexd")
     codexd.apt("purge", "codexd")
     for left in (SPOOL, STATE, "/etc/codexd", "/run/codexd", "/usr/lib/codexd"):
-        assert not codexd.there(left), left
+        there = codexd.box.run("find", left, STATE, check=False).stdout
+        assert not codexd.there(left), there
     failed = codexd.box.run("systemctl", "list-units", "--failed", "--no-legend", "codexd*")
     assert failed.stdout == ""
