@@ -31,7 +31,8 @@ QUIET = {"DEBIAN_FRONTEND": "noninteractive"}
 
 
 def run(*command: str | Path, cwd: Path = TOP) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=200)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=200, env=env)
 
 
 def files(tree: Path) -> set[str]:

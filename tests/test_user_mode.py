@@ -269,6 +269,10 @@ def test_doctor_tells_of_linger(mine: Mine) -> None:
 
 
 def test_uninstall_leaves_the_work(mine: Mine) -> None:
+    mine.sh(
+        f"mkdir -p {HOME}/.config/systemd/user/codexd.service.d && "
+        f"echo '[Unit]' > {HOME}/.config/systemd/user/codexd.service.d/own.conf"
+    )
     told = mine.codexd("uninstall", "--user").stdout
     assert f"Tasks, answers and configuration stay in {CONFIG}, {STATE}.\n" in told
     assert mine.shown("codexd.service", "LoadState") == "not-found"
@@ -276,5 +280,6 @@ def test_uninstall_leaves_the_work(mine: Mine) -> None:
         f"{HOME}/.local/lib/codexd:\n\n{HOME}/.local/share/systemd/user:\n"
     )
     own = mine.sh(f"find {HOME}/.config/systemd -type f").split()
-    assert {path.rpartition("/")[2] for path in own} == {"when.conf", "slow.conf"}
+    assert f"{HOME}/.config/systemd/user/codexd.service.d/own.conf" in own
+    assert "50-codexd.conf" not in {path.rpartition("/")[2] for path in own}
     assert "hello" in mine.sh(f"ls {STATE}/answers")
