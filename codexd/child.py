@@ -19,7 +19,7 @@ import signal
 import stat
 import time
 
-from codexd import durable
+from codexd import durable, orphans
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 STEPS = ((signal.SIGINT, 5.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0))
 BEAT = 30.0  # seconds between signs of life to systemd; its WatchdogSec= is longer
 CLEANUP = 5.0  # seconds for what was left behind to be gone
-_PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
 class Child:
@@ -208,10 +207,9 @@ def _parent_pipe() -> int | None:
 def _adopt_orphans() -> None:
     """Whatever loses its parent below us becomes our child, and cannot get away."""
     try:
-        import ctypes  # costs 6 ms, and Codex is starting meanwhile
+        orphans.adopt()
     except ImportError:
         return  # a Python without it; then only a unit holds everything together
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _reap_orphans(child: int) -> None:
@@ -233,26 +231,12 @@ def _end_children() -> None:
                 continue
         except ChildProcessError:
             return  # there are none, as nearly always
-        for pid in _children():
+        for pid in orphans.children():
             try:
                 os.kill(pid, signal.SIGKILL)  # only we can reap it: it is still that one
             except PermissionError:
                 continue  # of another user, by sudo
         time.sleep(0.005)
-
-
-def _children() -> list[int]:
-    here, found = os.getpid(), []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it has just ended
-            if int(fields[1]) == here:
-                found.append(int(name))
-    return found
 
 
 class Kept:

@@ -14,7 +14,6 @@ daemon holds open, and stop Codex when it closes.  What does not stop within
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import math
 import os
@@ -25,11 +24,10 @@ import time
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
-from codexd import lock
+from codexd import lock, orphans
 from codexd.model import is_id
 
 PATIENCE = 10.0  # seconds for what cannot be killed; then it no longer takes a slot
-_PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 # -I -S: no site-packages, no user site; half of a worker's start-up time.
 _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from codexd.worker import main; main()"
 
@@ -61,7 +59,7 @@ class Processes:
         self._orphans = {id: time.monotonic() for id in found if is_id(id)}
         self._strays: dict[str, float] = {}
         self._bereft = False  # a worker was killed: what it ran is our child now
-        _adopt_orphans()
+        orphans.adopt()
 
     def command(self, id: str) -> list[str]:
         package = str(Path(__file__).resolve().parent.parent)
@@ -130,7 +128,9 @@ class Processes:
         """
         workers = {child.pid for child in self._children.values()}
         adopted = [
-            pid for pid in _children() if pid not in workers and os.getsid(pid) != os.getsid(0)
+            pid
+            for pid in orphans.children()
+            if pid not in workers and os.getsid(pid) != os.getsid(0)
         ]
         for pid in adopted:
             try:
@@ -192,25 +192,6 @@ def _environment() -> dict[str, str]:
     """Ours, without what systemd told the daemon alone."""
     daemons = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "INVOCATION_ID")
     return {name: value for name, value in os.environ.items() if name not in daemons}
-
-
-def _adopt_orphans() -> None:
-    """What loses its parent below us becomes our child, and cannot get away."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _children() -> list[int]:
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it has just ended
-            if int(fields[1]) == os.getpid():
-                found.append(int(name))
-    return found
 
 
 def _holders(path: Path) -> list[int]:

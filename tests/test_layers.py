@@ -15,7 +15,7 @@ LAYERS = [
     "outcome",
     "model clock messages",
     "dispatch policy prompt line relevance command delivery",
-    "durable directories document lock events notes settled journal cgroup",
+    "durable orphans directories document lock events notes settled journal cgroup",
     "config canary rollout quota verdict replies book heartbeat exits service",
     "when rotate child",
     "codex taskfile memory take processes units dropin",
@@ -35,7 +35,8 @@ LAYERS = [
 ORDER = {name: n for n, line in enumerate(LAYERS) for name in line.split()}
 PURE = ["outcome", "model", "dispatch", "policy", "prompt", "messages", "delivery"]
 LEAN = ["outcome", "clock", "prompt", "durable", "lock", "events", "verdict", "quota", "codex",
-        "rollout", "memory", "relevance", "notes", "turn", "worker", "canary", "child", "rounds",
+        "rollout", "memory", "relevance", "notes", "turn", "worker",
+        "orphans", "canary", "child", "rounds",
         "start", "verify", "command",
         "cgroup", "journal", "messages"]  # fmt: skip
 # One home for each third-party package.
