@@ -30,18 +30,3 @@ def pytest_make_collect_report(
         report.outcome = "failed"
         report.longrepr = f"{collector.nodeid} was skipped, which CI does not allow"
     return report
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Groups stay on one worker, or nothing runs: their tests share a daemon, or a whole host.
-
-    pytest-xdist marks them by an ending of the node id; with a pytest that it does not fit it
-    spreads them without a word.
-    """
-    if not getattr(config.option, "loadgroup", False):
-        return
-    for item in items:
-        mark = item.get_closest_marker("xdist_group")
-        if mark and not item.nodeid.endswith(f"@{mark.args[0]}"):
-            raise pytest.UsageError(f"pytest-xdist does not keep {item.nodeid} in its group")

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TOP = Path(__file__).resolve().parent.parent
 TEXTS = [
     path
@@ -35,6 +37,14 @@ def test_ruff_format() -> None:
 
 def test_mypy() -> None:
     run("mypy", "--strict", "codexd")
+
+
+@pytest.mark.xdist_group("lint")
+def test_a_group_stays_on_one_worker(request: pytest.FixtureRequest) -> None:
+    """Tests of a group share a daemon, or a whole host.  pytest-xdist marks them by an ending
+    of the node id, and where a newer pytest does not take that, spreads them without a word."""
+    if request.config.getoption("loadgroup", False):
+        assert request.node.nodeid.endswith("@lint"), "pytest and pytest-xdist do not fit"
 
 
 def test_texts_are_tidy() -> None:
