@@ -18,7 +18,15 @@ import re
 from codexd.command import argv, environment, is_thread_id
 from codexd.events import Reader
 from codexd.quota import retry_at
-from codexd.rollout import Meter, newest_rollout_thread, rollout_message, rollouts, spent, tokens
+from codexd.rollout import (
+    Meter,
+    all_rollouts,
+    newest_rollout_thread,
+    rollout_message,
+    rollouts,
+    spent,
+    tokens,
+)
 from codexd.verdict import classify, is_corrupt, judge, sentence
 
 TYPE_CHECKING = False
@@ -32,6 +40,7 @@ __all__ = [
     "Missing",
     "Reader",
     "TooOld",
+    "all_rollouts",
     "argv",
     "classify",
     "env_keys",

@@ -104,6 +104,10 @@ _AGE = duration(3600, 36500 * 86400, "1h to 36500d")
 KEPT = Rule(
     lambda text: math.inf if text == "never" else _AGE.read(text), f"never, or {_AGE.allowed}"
 )
+_ROOM = size(1 << 20, 1 << 50, "1M to 1048576G")
+MOST = Rule(
+    lambda text: math.inf if text == "any" else _ROOM.read(text), f"any, or {_ROOM.allowed}"
+)
 ATTEMPTS = integer(1, 20)
 SANDBOX = document.choice(Sandbox)
 COMMAND = Rule(_words, "the absolute path of a program, and its arguments; no shell reads them")
@@ -165,11 +169,15 @@ class LimitsConfig:
 
 @dataclass(frozen=True, slots=True)
 class RetentionConfig:
-    """Seconds that each is kept after it was written; infinite for `never`."""
+    """Seconds that each is kept after it was written; infinite for `never`.
+
+    `size` are the bytes that each may take, the oldest going first; infinite for `any`.
+    """
 
     answers: float = 90 * 86400.0
     archive: float = 90 * 86400.0
     rejected: float = 90 * 86400.0
+    size: float = 10 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,7 +265,7 @@ def _rules(state: Path) -> Rules:
             "task_tokens": integer(1, 10**15),
             "day_tokens": integer(1, 10**15),
         },
-        "retention": dict.fromkeys(("answers", "archive", "rejected"), KEPT),
+        "retention": {**dict.fromkeys(("answers", "archive", "rejected"), KEPT), "size": MOST},
         "on": dict.fromkeys(Occasion, COMMAND),
     }
 

@@ -7,6 +7,10 @@ It only looks; `sweep` removes.  What has a time (the keys `retention`) is:
     answers       answers/STEM.ID.md
     rejected      rejected/NAME and NAME.reason
 
+Where one of them takes more than retention.size, the oldest of it is old at once.  Of
+an ended task then only the attempts go, archive/YYYY-MM/ID/N: by its record a file
+dropped again under its id or key is still known.
+
 Promises: it never finds anything of a task that has not ended, nor the session of
 such a task; nothing that is younger than its time, by the time it was last
 written; nothing whose name is not exactly one that codexd makes; nothing behind a
@@ -19,6 +23,7 @@ What cannot be looked at is kept in `problems`, and the rest goes on.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -28,19 +33,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from codexd import codex, durable, place, rotate, session, spend, transcript
+from codexd import codex, durable, place, rotate, session, spend, transcript, weight
 from codexd.config import Config
-from codexd.model import ID_PATTERN, Task, is_id
+from codexd.model import Task, is_id
+from codexd.weight import ANSWER, SESSION, TRANSCRIPT, Piece, Weight, entries, threads_of
 
 ASIDE = "+old.jsonl"  # ends the name of a transcript laid aside; in no session's own
 GONE = ".gone-"  # begins the name of a task that is being removed
-_BREATH = 50  # entries looked at between two pauses
-_ANSWER = re.compile(rf"(?:[A-Za-z0-9._-]{{1,100}}\.)?({ID_PATTERN})\.md", re.ASCII)
-_SESSION = re.compile(r"([A-Za-z0-9%._~+-]{1,200})\.(json|damaged)", re.ASCII)
-_TRANSCRIPT = re.compile(r"([A-Za-z0-9%._~+-]{1,200})\.jsonl", re.ASCII)
 _KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.(?:json|damaged)", re.ASCII)
-_MONTH = re.compile(r"[0-9]{4}-[0-9]{2}", re.ASCII)
 _stem = lru_cache(20_000)(session.stem)  # of live tasks, again and again
 
 
@@ -77,7 +78,13 @@ class Retention:
         `now` is in epoch seconds.
         """
         self.dirs = config.dirs
-        self.kept = config.retention
+        kept = config.retention
+        ages = {
+            "sessions": kept.archive, "archive": kept.archive, "attempts": math.inf,
+            "answers": kept.answers, "rejected": kept.rejected,
+        }  # fmt: skip
+        self.most = kept.size
+        self.before = {kind: now - age for kind, age in ages.items()}  # what is older may go
         self.home = str(config.codex.home)
         self.live = live
         self.now = now
@@ -92,7 +99,7 @@ class Retention:
     def found(self) -> Iterator[Old | None]:
         """Everything that may go; None where one may pause."""
         for part in (
-            self._sessions, self._transcripts, self._archive, self._keys,
+            self._weigh, self._sessions, self._transcripts, self._archive, self._keys,
             self._answers, self._rejected, self._days, self._ledgers,
         ):  # fmt: skip
             try:
@@ -100,37 +107,58 @@ class Retention:
             except OSError as error:
                 self.problems.append(error)
 
-    def _old(self, entry: os.DirEntry[str], kept: float) -> bool:
+    def _weigh(self) -> Iterator[None]:
+        """Where there is more than is to be kept, even what is younger may go."""
+        if math.isinf(self.most):
+            return
+        looks: dict[str, Iterator[Piece | None]] = {
+            "sessions": weight.of_sessions(self.dirs, self.home),
+            "attempts": weight.of_attempts(self.dirs),
+            "answers": weight.of_answers(self.dirs),
+            "rejected": weight.of_rejected(self.dirs),
+        }
+        for kind, look in looks.items():
+            found = Weight()
+            try:
+                for piece in look:
+                    if piece:
+                        found.add(*piece)
+                    yield None
+            except OSError as error:
+                self.problems.append(error)
+            self.before[kind] = max(self.before[kind], found.before(self.most, self.now))
+
+    def _old(self, entry: os.DirEntry[str], kind: str) -> bool:
         """Whether it is a regular file that was last written so long ago."""
         try:
             found = entry.stat(follow_symlinks=False)
         except FileNotFoundError:
             return False
-        return stat.S_ISREG(found.st_mode) and found.st_mtime < self.now - kept
+        return stat.S_ISREG(found.st_mode) and found.st_mtime < self.before[kind]
 
     def _sessions(self) -> Iterator[Old | None]:
         """First all of them are looked at: one that stays may name a thread of another."""
         old = []  # their stems and paths
-        for entry in _entries(self.dirs.sessions):
+        for entry in entries(self.dirs.sessions):
             if entry and entry.is_file(follow_symlinks=False):
-                if not (name := _SESSION.fullmatch(entry.name)):
+                if not (name := SESSION.fullmatch(entry.name)):
                     continue
-                if self._old(entry, self.kept.archive) and not self._has_live(name[1]):
+                if self._old(entry, "sessions") and not self._has_live(name[1]):
                     old.append((name[1], Path(entry.path)))
                 else:
-                    self._named |= _threads_of(Path(entry.path))
+                    self._named |= threads_of(Path(entry.path))
                     self._measure(name[1])
             elif entry is None:
                 yield None
         self._complete = True
         for stem, path in old:
             said = self.dirs.transcripts / f"{stem}.jsonl"
-            threads = _threads_of(path)
+            threads = threads_of(path)
             for more in transcript.threads(said):
                 threads |= more
                 yield None
             # Looked at again: it may have been used since.
-            if self._is_old(path) and not self._has_live(stem):
+            if self._is_old(path, "sessions") and not self._has_live(stem):
                 beside = (said,) if path.suffix == ".json" and _is_file(said) else ()
                 yield _file("sessions", path, *beside, threads=threads)
 
@@ -138,7 +166,7 @@ class Retention:
         said = self.dirs.transcripts / f"{stem}.jsonl"
         began = transcript.began(said)
         aside = os.path.lexists(said.with_name(stem + ASIDE))
-        if began is not None and began < self.now - self.kept.archive and not aside:
+        if began is not None and began < self.before["archive"] and not aside:
             self.long.append(stem)
 
     def _has_live(self, stem: str) -> bool:
@@ -146,8 +174,8 @@ class Retention:
 
     def _transcripts(self) -> Iterator[Old | None]:
         """Those laid aside, and those whose session is gone: a crash came in between."""
-        for entry in _entries(self.dirs.transcripts):
-            if entry and (name := _TRANSCRIPT.fullmatch(entry.name)):
+        for entry in entries(self.dirs.transcripts):
+            if entry and (name := TRANSCRIPT.fullmatch(entry.name)):
                 path, threads = Path(entry.path), set[str]()
                 if self._is_alone(path, name[1]):
                     for more in transcript.threads(path):
@@ -160,30 +188,33 @@ class Retention:
 
     def _is_alone(self, said: Path, stem: str) -> bool:
         owned = os.path.lexists(self.dirs.sessions / f"{stem}.json") or self._has_live(stem)
-        return not owned and self._is_old(said)
+        return not owned and self._is_old(said, "sessions")
 
-    def _is_old(self, path: Path) -> bool:
+    def _is_old(self, path: Path, kind: str) -> bool:
         try:
             found = path.lstat()
         except FileNotFoundError:
             return False
-        return stat.S_ISREG(found.st_mode) and found.st_mtime < self.now - self.kept.archive
+        return stat.S_ISREG(found.st_mode) and found.st_mtime < self.before[kind]
 
     def _archive(self) -> Iterator[Old | None]:
-        for month in _entries(self.dirs.archive):
-            if month is None or not _MONTH.fullmatch(month.name) or month.is_symlink():
+        """Tasks that ended long ago; of others, where there is too much, what attempts left."""
+        for entry in weight.tasks(self.dirs.archive):
+            if entry is None:
+                yield None
                 continue
-            for entry in _entries(Path(month.path)):
-                if entry and entry.is_dir(follow_symlinks=False):
-                    id = entry.name.removeprefix(GONE)
-                    if is_id(id) and id not in self.live() and self._ended(entry):
-                        self._going.add(id)
-                        threads = frozenset(_threads_ran(Path(entry.path)))
-                        yield Old("archive", (Path(entry.path),), _tree(entry.path), threads)
-                elif entry is None:
-                    yield None
+            id, home = entry.name.removeprefix(GONE), Path(entry.path)
+            if not is_id(id) or id in self.live():
+                continue
+            if self._ended(entry, "archive"):
+                self._going.add(id)
+                threads = frozenset(_threads_ran(home))
+                yield Old("archive", (home,), weight.tree(home), threads)
+            elif self._ended(entry, "attempts") and (left := weight.attempts(entry.path)):
+                threads = frozenset(_threads_ran(home))
+                yield Old("attempts", tuple(left), sum(map(weight.tree, left)), threads)
 
-    def _ended(self, entry: os.DirEntry[str]) -> bool:
+    def _ended(self, entry: os.DirEntry[str], kind: str) -> bool:
         """Whether a task's last word, or else its directory, is so old."""
         if entry.name.startswith(GONE):
             return True
@@ -191,12 +222,12 @@ class Retention:
             found = os.lstat(os.path.join(entry.path, "status.json"))
         except FileNotFoundError:
             found = entry.stat(follow_symlinks=False)
-        return found.st_mtime < self.now - self.kept.archive
+        return found.st_mtime < self.before[kind]
 
     def _keys(self) -> Iterator[Old | None]:
         """A key goes with the task that it stands for."""
-        for entry in _entries(self.dirs.keys):
-            if entry and _KEY.fullmatch(entry.name) and self._old(entry, self.kept.archive):
+        for entry in entries(self.dirs.keys):
+            if entry and _KEY.fullmatch(entry.name) and self._old(entry, "archive"):
                 try:
                     id = str(durable.read_json(entry.path, 4096).get("id"))
                 except (OSError, ValueError):
@@ -208,17 +239,17 @@ class Retention:
                 yield None
 
     def _answers(self) -> Iterator[Old | None]:
-        for entry in _entries(self.dirs.answers):
-            if entry and (name := _ANSWER.fullmatch(entry.name)):
-                if name[1] not in self.live() and self._old(entry, self.kept.answers):
+        for entry in entries(self.dirs.answers):
+            if entry and (name := ANSWER.fullmatch(entry.name)):
+                if name[1] not in self.live() and self._old(entry, "answers"):
                     yield _file("answers", Path(entry.path))
             elif entry is None:
                 yield None
 
     def _rejected(self) -> Iterator[Old | None]:
         """Each with its reason, whose time is that of the rejection; a directory stays."""
-        for entry in _entries(self.dirs.rejected):
-            if entry and entry.name.endswith(".reason") and self._old(entry, self.kept.rejected):
+        for entry in entries(self.dirs.rejected):
+            if entry and entry.name.endswith(".reason") and self._old(entry, "rejected"):
                 why = Path(entry.path)
                 what = why.with_name(entry.name.removesuffix(".reason"))
                 if not os.path.lexists(what):
@@ -230,15 +261,15 @@ class Retention:
 
     def _days(self) -> Iterator[Old | None]:
         today = f"{spend.today(self.now)}.json"
-        for entry in _entries(self.dirs.usage):
+        for entry in entries(self.dirs.usage):
             if entry is None or not _DAY.fullmatch(entry.name) or entry.name == today:
                 continue
-            if self._old(entry, self.kept.archive):
+            if self._old(entry, "archive"):
                 yield _file("usage", Path(entry.path))
 
     def _ledgers(self) -> Iterator[Old | None]:
         for path in rotate.kept(self.dirs.ledger):
-            if self._is_old(path):
+            if self._is_old(path, "archive"):
                 yield _file("ledger", path)
 
     # --- Codex's threads ----------------------------------------------------------
@@ -253,7 +284,7 @@ class Retention:
             self._going.add(thread)
             try:
                 for path in map(Path, codex.rollouts(self.home, thread, everywhere=False)):
-                    unused = path.stat().st_mtime < self.now - self.kept.archive
+                    unused = path.stat().st_mtime < self.before[old.kind]
                     if unused and self._is_below_home(path):
                         yield thread, _file("threads", path)
             except OSError as error:
@@ -263,18 +294,6 @@ class Retention:
         """Whether no link is on the way from CODEX_HOME to it."""
         real = os.path.realpath(self.home)
         return os.path.realpath(path) == os.path.join(real, os.path.relpath(path, self.home))
-
-
-def _entries(directory: Path) -> Iterator[os.DirEntry[str] | None]:
-    """What is in a directory, which need not be there; None now and then, to pause."""
-    try:
-        with os.scandir(directory) as entries:
-            for number, entry in enumerate(entries, 1):
-                yield entry
-                if not number % _BREATH:
-                    yield None
-    except FileNotFoundError:
-        return
 
 
 def _is_file(path: Path) -> bool:
@@ -288,22 +307,7 @@ def _file(kind: str, *paths: Path, threads: Iterable[str] = ()) -> Old:
     return Old(kind, paths, sum(path.lstat().st_size for path in paths), frozenset(threads))
 
 
-def _tree(path: str) -> int:
-    """Bytes of all files below a directory."""
-    found = ((os.path.join(at, name)) for at, _, names in os.walk(path) for name in names)
-    return sum(os.lstat(file).st_size for file in found)
-
-
 # --- which threads a record names -------------------------------------------------
-
-
-def _threads_of(path: Path) -> set[str]:
-    """Those that a session's file names; a damaged one names none.  Raises OSError."""
-    try:
-        data = durable.read_json(path, 1 << 20)
-    except (FileNotFoundError, ValueError):
-        return set()
-    return _valid(data.get("thread"), data.get("forgotten"))
 
 
 def _threads_ran(task: Path) -> set[str]:
@@ -315,9 +319,5 @@ def _threads_ran(task: Path) -> set[str]:
                 data = durable.read_json(task / name / "result.json")
             except (OSError, ValueError):
                 continue  # killed with its worker; the session's transcript names it
-            found |= _valid(data.get("thread"))
+            found |= weight.valid(data.get("thread"))
     return found
-
-
-def _valid(*threads: object) -> set[str]:
-    return {t.lower() for t in threads if isinstance(t, str) and codex.is_thread_id(t)}

@@ -32,8 +32,11 @@ _TAILS = (1 << 18, 1 << 25)  # bytes read from the end of a rollout, in turn
 _DAY = 86400
 
 
-def _all(home: str) -> Iterator[tuple[os.DirEntry[str], str]]:
-    """Every rollout below `home` with its thread id, newest directory first."""
+def all_rollouts(home: str) -> Iterator[tuple[os.DirEntry[str], str]]:
+    """Every rollout below `home` with its thread id, newest directory first.
+
+    Raises OSError.
+    """
     stack, seen = [os.path.join(home, "sessions")], 0
     while stack:
         with os.scandir(stack.pop()) as found:
@@ -70,7 +73,7 @@ def rollouts(home: str, thread: str, *, everywhere: bool = True) -> Iterator[str
         except (FileNotFoundError, NotADirectoryError):
             continue
     if missing and everywhere:
-        yield from (entry.path for entry, name in _all(home) if name == wanted)
+        yield from (entry.path for entry, name in all_rollouts(home) if name == wanted)
 
 
 def _days(thread: str) -> list[str]:
@@ -144,7 +147,7 @@ def newest_rollout_thread(home: str, since: float) -> str | None:
     Raises OSError if CODEX_HOME cannot be read.
     """
     try:
-        written = {thread for entry, thread in _all(home) if entry.stat().st_mtime >= since}
+        written = {thread for entry, thread in all_rollouts(home) if entry.stat().st_mtime >= since}
     except FileNotFoundError:
         return None
     return written.pop() if len(written) == 1 else None

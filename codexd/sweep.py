@@ -91,6 +91,8 @@ class Sweep:
             for path in old.paths:
                 if old.kind == "archive":
                     _remove_task(path)
+                elif old.kind == "attempts":
+                    shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
         except OSError as error:

@@ -20,7 +20,7 @@ LAYERS = [
     "when rotate child",
     "codex taskfile memory take processes units dropin",
     "controlfile spool place profile ledger session spend transcript turn scripted program layout",
-    "evidence start verify hook",
+    "evidence start verify hook weight",
     "rounds",
     "parents view gate finish retention framing metrics openapi sockets launcher checks errands",
     "aside beside audit report control intake waits orders sweep routes usage hooks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
 import subprocess
@@ -23,6 +24,7 @@ from codexd.retention import Retention, forgotten
 from codexd.service import Service
 from codexd.spend import Spend
 from codexd.sweep import Daily, Sweep
+from codexd.weight import Weight
 from tests.box import PYTHON, Box
 from tests.box.host import require
 from tests.daemon import Daemon, until
@@ -134,6 +136,67 @@ def test_each_has_its_own_time(tmp_path: Path) -> None:
     aged(state.dirs.rejected / "a.reason", 39)
     aged(state.dirs.rejected / "b.reason", 41)
     assert state.found() == {"answers": {f"{ID.format(1)}.md"}, "rejected": {"b.reason"}}
+
+
+MIB = 1 << 20
+
+
+def test_of_too_much_the_oldest_goes(tmp_path: Path) -> None:
+    """Each room by itself; of a task its attempts alone, so that nothing is run again."""
+    state = Place(tmp_path, "retention: {size: 2M}\n")
+    dirs = state.dirs
+    for n in range(4):
+        id, days = ID.format(n), 8 - 2 * n
+        home = state.task(id, days, THREAD.format(n))
+        (home / "1" / "events.jsonl").write_text("x" * (MIB - 1000))
+        aged(dirs.answers / f"{id}.md", days, "x" * MIB)
+        aged(dirs.rejected / f"bad{n}.md", 99, "x" * (MIB - 1))
+        aged(dirs.rejected / f"bad{n}.md.reason", days)
+        said = state.session(f"s{n}", days, THREAD.format(n))
+        assert said.exists()
+        state.rollout(THREAD.format(n), days).write_text("x" * (MIB - 3))
+        aged(state.rollout(THREAD.format(n), days), days)
+    state.rollout(THREAD.format(9), 99).write_text("x" * 3 * MIB)  # somebody else's
+    place.remember_key(dirs, "k", place.Keyed(ID.format(0), "0"))
+    assert state.found() == {
+        "attempts": {"1"},
+        "answers": {f"{ID.format(n)}.md" for n in (0, 1)},
+        "rejected": {f"bad{n}.md{end}" for n in (0, 1) for end in ("", ".reason")},
+        "sessions": {f"s{n}.json{end}" for n in (0, 1) for end in ("", "l")},
+        "threads": {state.rollout(THREAD.format(n), 8 - 2 * n).name for n in (0, 1)},
+    }
+    assert state.swept().counts["attempts"] == 2
+    for n in range(4):
+        home = place.archived(dirs, ID.format(n))
+        assert place.known(dirs, ID.format(n))
+        assert (home / "1").exists() == (n > 1)
+    assert place.keyed(dirs, "k")
+    assert state.found() == {}
+
+
+def test_a_size_takes_neither_what_is_in_use_nor_what_is_new(tmp_path: Path) -> None:
+    state = Place(tmp_path, "retention: {size: 1M}\n")
+    live = Task(ID.format(1), State.RUNNING, session="web", thread=THREAD.format(1))
+    state.live = {live.id: live}
+    state.session("web", 5, THREAD.format(1))
+    state.rollout(THREAD.format(1), 5).write_text("x" * 5 * MIB)
+    aged(state.rollout(THREAD.format(1), 5), 5)
+    for n in (2, 3):
+        aged(state.dirs.answers / f"{ID.format(n)}.md", 0.01, "x" * MIB)  # of this hour
+    (state.task(live.id, 5) / "1" / "events.jsonl").write_text("x" * 5 * MIB)
+    assert state.found() == {}
+    state.live = {}
+    assert set(state.found()) == {"sessions", "threads", "attempts"}
+
+
+def test_weight_finds_where_to_begin() -> None:
+    found = Weight()
+    for n in range(10):
+        found.add(NOW - 10 * DAY + n * DAY, 100)
+    assert found.before(1000, NOW) == -math.inf
+    assert 0 <= found.before(999, NOW) - (NOW - 10 * DAY) <= 60
+    assert 0 <= found.before(450, NOW) - (NOW - 5 * DAY) <= 60
+    assert found.before(0, NOW) <= NOW - 3600
 
 
 def test_nothing_of_a_live_task_goes(state: Place) -> None:
@@ -288,7 +351,7 @@ def test_where_sessions_cannot_be_read_all_threads_stay(state: Place) -> None:
     state.dirs.sessions.write_text("no directory")
     done = state.swept()
     assert done.counts == {"archive": 1}
-    assert len(done.problems) == 1
+    assert {p.strerror for p in done.problems} == {"Not a directory"}
     assert rollout.exists()
 
 
