@@ -122,6 +122,13 @@ def said(command: list[str], **options: Any) -> tuple[int, str]:
     return done.returncode, done.stdout.decode("utf-8", "replace").strip()
 
 
+def become(user: pwd.struct_passwd) -> dict[str, Any]:
+    """For a tool that has to run as the service's user."""
+    if os.geteuid() == user.pw_uid:
+        return {}
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+
 # --- programs ---------------------------------------------------------------------------
 
 
@@ -190,9 +197,9 @@ def login(host: Host) -> Findings:
     elif there:
         yield ok(f"{', '.join(sorted(there))} is set in {where}")
     else:
-        become = "runuser -u codexd -- env " if host.dirs.systemwide else ""
+        prefix = "runuser -u codexd -- env " if host.dirs.systemwide else ""
         what = f"neither a login in {home} nor {' or '.join(sorted(names))} in {where}"
-        yield fail(what, f"{become}CODEX_HOME={home} codex login")
+        yield fail(what, f"{prefix}CODEX_HOME={home} codex login")
 
 
 def _keys(file: Path) -> set[str]:
@@ -215,10 +222,9 @@ def sandbox(host: Host) -> Findings:
     if user is None:
         return
     with tempfile.TemporaryDirectory(prefix="codexd-doctor-") as place:
-        options: dict[str, Any] = {}
-        if os.geteuid() != user.pw_uid:
+        options = become(user)
+        if options:
             os.chown(place, user.pw_uid, user.pw_gid)
-            options = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         env = {**codex.environment(os.environ, place, []), "HOME": place}
         command = [found, "sandbox", "--", "true"]
         status, text = said(command, env=env, cwd=place, **options)

@@ -30,6 +30,7 @@ TABLE: dict[str, Callable[[Host], Findings]] = {
     "keys": checks.keys,
     "sandbox": checks.sandbox,
     "secrets": checks.secrets,
+    "hooks": unitchecks.hooks,
     "notes": checks.rg,
     "places": unitchecks.places,
     "units": unitchecks.files,

@@ -1,7 +1,7 @@
 """What `codexd doctor` looks at: units, what they were made from, and the master.
 
 As in `checks`; these need what `install` knows.  Where systemd is not to start
-workers here (--root, `launcher: process`, no systemd), only the master is
+workers here (--root, `launcher: process`, no systemd), only hooks and the master are
 looked at.
 """
 
@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from codexd import codex, dropin, install, layout
-from codexd.checks import Findings, Host, fail, ok, said, warn
+from codexd.checks import Findings, Host, become, fail, ok, said, warn
 from codexd.layout import Stand
 from codexd.submit import Trouble
 from codexd.view import View
 
+_HOMES = ["/home", "/root", "/run/user"]  # what ProtectHome= means
 _CGROUPS = Path("/sys/fs/cgroup")
 _LINGER = Path("/var/lib/systemd/linger")
 _POLKIT = ("/usr/lib/polkit-1/polkitd", "/usr/libexec/polkitd", "/usr/lib/polkitd")
@@ -43,6 +44,34 @@ def _target(host: Host) -> layout.Target:
     if host.dirs.systemwide:
         return layout.Target.system()
     return layout.Target.user(Path.home(), os.environ)
+
+
+# --- hooks ----------------------------------------------------------------------------
+
+
+def hooks(host: Host) -> Findings:
+    """Whether what `on:` names can be run, by whom it will be."""
+    if (user := host.user) is None:
+        return
+    bad = 0
+    for occasion, (program, *_) in sorted(host.config.on.items()):
+        for finding in _unusable(host, program, user):
+            bad += 1
+            yield fail(f"on.{occasion}: {program} {finding.what}", finding.mend or "")
+    if host.config.on and not bad:
+        yield ok(f"{user.pw_name} can run the hooks: {', '.join(sorted(host.config.on))}")
+
+
+def _unusable(host: Host, program: str, user: pwd.struct_passwd) -> Findings:
+    hidden = ["/tmp", "/var/tmp"] + (_HOMES if host.dirs.systemwide else [])
+    if host.units and any(Path(program).is_relative_to(place) for place in hidden):
+        yield fail("is hidden from codexd-hook@.service", "put it into /etc/codexd or /usr/local")
+    elif not os.path.exists(program):
+        yield fail("is not there", f"put it there, or change {host.dirs.config_file}")
+    else:
+        status, _ = said(["test", "-f", program, "-a", "-x", program], **become(user))
+        if status:
+            yield fail(f"cannot be run by {user.pw_name}", f"chmod a+rx {program}")
 
 
 # --- files of the installation -----------------------------------------------------------

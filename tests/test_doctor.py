@@ -113,6 +113,21 @@ def test_an_old_package(patient: Patient, tmp_path: Path) -> None:
     assert patient.bad("python")["what"] == "watchdog 1.0 is too old"
 
 
+def test_hooks(patient: Patient, tmp_path: Path) -> None:
+    works, cannot = script(tmp_path / "works", "true"), script(tmp_path / "cannot", "true")
+    on = f"on:\n  done: {works} x\n"
+    patient.configure(on)
+    (one,) = patient.found()["hooks"]
+    assert (one["status"], "can run the hooks: done" in one["what"]) == ("ok", True)
+    cannot.chmod(0o644)
+    patient.configure(f"{on}  failed: {cannot}\n")
+    one = patient.bad("hooks")
+    assert f"on.failed: {cannot} cannot be run by " in one["what"]
+    assert one["mend"] == f"chmod a+rx {cannot}"
+    patient.configure(f"on:\n  closed: {tmp_path}/none\n")
+    assert patient.bad("hooks")["what"] == f"on.closed: {tmp_path}/none is not there"
+
+
 def test_a_configuration_that_is_not_valid(patient: Patient) -> None:
     patient.configure("wrokers: 2\n")
     one = patient.bad("config")
