@@ -80,6 +80,7 @@ class Master:
         self.reload = Reload(service, read, config, (*rooms, self.daily, self.probe, self.hooks))
         self.trouble: str | None = None  # what the host refused in the last round
         self._told: set[str] = set()  # and what was logged of it
+        self.seen = 0  # files in the inbox at the last look
         self.stop_at: float | None = None
         self.beside: Callable[[], None] | None = None  # what else this process tends
         self._next_checkpoint = 0.0
@@ -171,6 +172,7 @@ class Master:
         """Obey control files, accept task files."""
         self.watch.tend()
         names, leftover = spool.scan(self.dirs.inbox)
+        self.seen = len(names) + len(leftover)
         self.settled.prune(names)
         names = self.controls.obey(names, self.record)
         if DISK not in self.keeper.closed:
@@ -217,6 +219,7 @@ class Master:
             "running": sum(t.state is State.RUNNING for t in tasks),
             "queued": sum(t.state is State.QUEUED for t in tasks),
             "waiting": sum(t.state is State.WAITING for t in tasks),
+            "seen": self.seen,
             "full": self.intake.full,
             "trouble": self.trouble,
             "damaged": len(self.ledger.book.damaged),
