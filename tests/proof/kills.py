@@ -1,10 +1,11 @@
 """The kill loop: a daemon under load whose parts are killed at random moments.
 
-    python -m tests.proof.kills [--cycles N] [--seed N]
+    python -m tests.proof.kills [--cycles N] [--jobs N] [--seed N]
 
 Each cycle ends with SIGKILL for the master, workers, Codex, the HTTP server, or all at
 once, often before the daemon was up again.  After every run of CYCLES the load ends, what
-is left is done, and the oracle is asked.
+is left is done, and the oracle is asked.  Most of a run is waiting, so several go side by
+side, each on a root of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from codexd.model import Kind
@@ -70,8 +74,8 @@ class Killer:
             until(lambda: self.place.is_ready() or not self.place.up(), "the daemon", 30)
 
 
-def run(name: str, seed: str, cycles: int, figures: Counter[str]) -> list[str]:
-    """One run on a fresh root; what the oracle says."""
+def run(name: str, seed: str, cycles: int) -> tuple[list[str], Counter[str]]:
+    """One run on a fresh root; what the oracle says, and the figures."""
     home = scratch(name)
     chance = random.Random(seed)
     killer = Killer(home, chance)
@@ -93,15 +97,16 @@ def run(name: str, seed: str, cycles: int, figures: Counter[str]) -> list[str]:
         problems.append(f"{error}; see {home}")
     killer.place.stop()
     problems += oracle.check(killer.place, load.acknowledged)
-    count(killer, load, figures)
+    figures = count(killer, load)
     if problems:
         problems.append(f"after kill {name}: its root is kept in {home}")
     else:
         shutil.rmtree(home)
-    return problems
+    return problems, figures
 
 
-def count(killer: Killer, load: Load, figures: Counter[str]) -> None:
+def count(killer: Killer, load: Load) -> Counter[str]:
+    figures: Counter[str] = Counter()
     told, starts = oracle.story(killer.place, []), killer.place.starts()
     figures["kills"] += sum(killer.killed.values())
     figures.update({f"killed_{victim}": n for victim, n in killer.killed.items()})
@@ -113,21 +118,32 @@ def count(killer: Killer, load: Load, figures: Counter[str]) -> None:
     figures["rotations"] += told.kinds["rotated"]
     for kind in (Kind.DONE, Kind.CANCELLED, Kind.FAILED):
         figures[kind] += told.kinds[kind]
+    return figures
+
+
+def runs(cycles: int, jobs: int, seed: str) -> Iterator[tuple[list[str], Counter[str]]]:
+    """All runs, as they end."""
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        yield from pool.map(
+            run,
+            (f"kills-{first}" for first in range(0, cycles, CYCLES)),
+            (f"{seed} {first}" for first in range(0, cycles, CYCLES)),
+            (min(CYCLES, cycles - first) for first in range(0, cycles, CYCLES)),
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="kill the daemon at random moments")
     parser.add_argument("--cycles", type=int, default=300)
+    parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--seed")
     args = parser.parse_args()
     seed, began = seed_of(args), time.monotonic()
     figures: Counter[str] = Counter()
-    problems = []
-    for first in range(0, args.cycles, CYCLES):
-        cycles = min(CYCLES, args.cycles - first)
-        problems += run(f"kills-{first}", f"{seed} {first}", cycles, figures)
-        if len(problems) > 20:
-            break
+    problems: list[str] = []
+    for found, counted in runs(args.cycles, args.jobs, seed):
+        problems += found
+        figures.update(counted)
     return report("kills", problems, began, dict(figures))
 
 
