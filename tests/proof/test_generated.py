@@ -29,8 +29,8 @@ from tests.test_bad_input import FAKE, FILES
 
 pytestmark = [pytest.mark.xdist_group("generated"), pytest.mark.timeout(pick(120, 3600, 6 * 3600))]
 
-EACH = pick(150, 1000, 100_000)  # of each of the five doors
-STARTS = pick(3, 40, 400)  # whole daemons on a state that was changed at random
+EACH = pick(1000, 10_000, 100_000)  # of each of the five doors
+STARTS = pick(5, 40, 400)  # whole daemons on a state that was changed at random
 SLOW = 1.0  # seconds
 ROOM = 256 << 20  # bytes that the process may have grown by
 

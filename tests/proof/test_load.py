@@ -26,8 +26,8 @@ from tests.web import Client
 
 pytestmark = [pytest.mark.xdist_group("load"), pytest.mark.timeout(pick(120, 1800, 1800))]
 
-TASKS = pick(400, 10_000, 10_000)
-SLOW = pick(300, 1000, 1000)
+TASKS = 10_000
+SLOW = 1000
 RSS = 100 << 20  # bytes
 CONFIG = f"codex:\n  bin: {FAKE}\nhttp:\n  listen: unix\nlimits:\n  disk_free: 0\n  queue: 20000\n"
 

@@ -42,7 +42,7 @@ def prove(figure: Figures, table: Path, name: str, *options: object) -> list[dic
 
 
 def test_killed_at_random_moments(figure: Figures, tmp_path: Path) -> None:
-    cycles = pick(25, 300, 20_000)
+    cycles = pick(300, 2000, 20_000)
     (found,) = prove(figure, tmp_path / "table", "kills", "--cycles", cycles)
     assert found["kills"] == cycles
 
@@ -57,7 +57,7 @@ def test_a_fault_at_system_calls(figure: Figures, tmp_path: Path) -> None:
 @pytest.mark.skipif(powercut.missing() is not None, reason=str(powercut.missing()))
 @pytest.mark.parametrize("kind", powercut.KINDS)
 def test_the_power_is_cut(figure: Figures, tmp_path: Path, kind: str) -> None:
-    cuts = pick(2, 10, 200)
+    cuts = pick(10, 40, 200)
     (found,) = prove(figure, tmp_path / "table", "powercut", "--cuts", cuts, "--fs", kind)
     assert found["cuts"] == cuts
 
