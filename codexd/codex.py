@@ -21,7 +21,6 @@ from codexd.quota import retry_at
 from codexd.rollout import (
     Meter,
     all_rollouts,
-    newest_rollout_thread,
     rollout_message,
     rollouts,
     spent,
@@ -49,7 +48,6 @@ __all__ = [
     "is_corrupt",
     "is_thread_id",
     "judge",
-    "newest_rollout_thread",
     "retry_at",
     "rollout_message",
     "rollouts",

@@ -4,8 +4,8 @@
 what they said: the thread, whether the turn began and how it ended, the last
 message, usage, errors, and what Codex is doing now.
 
-Promises: no input raises; memory stays bounded; what is unknown is ignored and
-counted, because every Codex release brings new events.  It understands the
+Promises: no input raises; memory stays bounded; what is unknown is ignored,
+because every Codex release brings new events.  It understands the
 streams of all versions since 0.36.  It only reports: `verdict` judges.
 Part of the room `codex`, which is the door to it.  Lean: the worker uses it.
 """
@@ -33,7 +33,6 @@ _ACTIVITY = 80  # characters
 
 # Codex's own retries.  They are not the end, however many there are.
 _RECONNECTING = r"(?s)Re-?connecting\b|stream error: .*; retrying \d"
-_TOO_MANY = r"(?i)\b429\b|\brate limit"
 _SHELL = r"(?s)\S*sh -l?c (?P<quote>['\"]?)(?P<command>.*)(?P=quote)"
 _CLOSED = rb'(?s)"type":\s*"item\.completed".*?"item":\s*\{\s*"id":\s*"([^"]*)"'
 
@@ -78,15 +77,12 @@ class Reader:
     items_seen      events about items; 0: the model has done nothing yet
     open_items      id → activity of work begun and not ended
     activity        one line: what Codex is doing
-    dialect         "items" (0.47 and later), "experimental" (0.42), "messages"
-                    (0.42 and before), None until known
-    ignored         lines that are no event; `skipped`: lines over LINE_LIMIT
     """
 
     __slots__ = (
-        "_line", "_size", "activity", "completed", "dialect", "errors", "failed_message",
-        "ignored", "item_errors", "items_seen", "last_error", "message", "open_items",
-        "reconnecting", "skipped", "thread", "turn_started", "usage",
+        "_line", "_size", "activity", "completed", "errors", "failed_message", "item_errors",
+        "items_seen", "last_error", "message", "open_items", "reconnecting", "thread",
+        "turn_started", "usage",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -103,16 +99,8 @@ class Reader:
         self.items_seen = 0
         self.open_items: dict[str, str] = {}
         self.activity = "starting"
-        self.dialect: str | None = None
-        self.ignored = 0
-        self.skipped = 0
         self._line = bytearray()
         self._size = 0
-
-    @property
-    def rate_limited(self) -> bool:
-        """Whether Codex is waiting because the service said "too many requests"."""
-        return self.reconnecting is not None and bool(re.search(_TOO_MANY, self.reconnecting))
 
     @property
     def busy(self) -> bool:
@@ -160,15 +148,11 @@ class Reader:
         try:
             event = json.loads(line.decode("utf-8", "replace"))
         except (ValueError, RecursionError):
-            event = None
-        if type(event) is not dict:
-            self.ignored += 1
             return False
-        return self._event(event)
+        return type(event) is dict and self._event(event)
 
     def _skip(self, head: bytearray) -> bool:
         """A line that was too long to keep; what it ended has ended nevertheless."""
-        self.skipped += 1
         if found := re.search(_CLOSED, head):
             self.open_items.pop(found[1].decode("utf-8", "replace"), None)
         return True
@@ -178,20 +162,15 @@ class Reader:
     def _event(self, event: dict[str, Any]) -> bool:
         kind, msg = event.get("type"), event.get("msg")
         if isinstance(msg, dict):
-            self.dialect = "messages"
             return self._msg(msg)
         if not isinstance(kind, str):
-            # The two lines before the messages of old versions.
-            if "workdir" in event or "prompt" in event:
-                self.dialect = "messages"
-            return True
+            return True  # as the two lines before the messages of old versions
         if kind == "error":
             return self._error(as_text(event.get("message")))
         self._calm()
         if kind.startswith("item."):
             self._item(kind, event.get("item"))
         elif kind in ("thread.started", "session.created"):
-            self.dialect = "items" if kind == "thread.started" else "experimental"
             self._named(event.get("thread_id") or event.get("session_id"))
         elif kind == "turn.started":
             self._begin()

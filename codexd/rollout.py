@@ -139,20 +139,6 @@ def rollout_message(home: str, thread: str) -> str | None:
     return None
 
 
-def newest_rollout_thread(home: str, since: float) -> str | None:
-    """The thread whose rollout was written at or after `since` (epoch seconds).
-
-    For streams that never name their thread.  None also if several were: all
-    workers share CODEX_HOME, and a guess could continue somebody else's thread.
-    Raises OSError if CODEX_HOME cannot be read.
-    """
-    try:
-        written = {thread for entry, thread in all_rollouts(home) if entry.stat().st_mtime >= since}
-    except FileNotFoundError:
-        return None
-    return written.pop() if len(written) == 1 else None
-
-
 # --- what was used ------------------------------------------------------------
 
 

@@ -104,7 +104,6 @@ _STOPPED = {
     "timeout": (Outcome.TIMEOUT, "The task's time was used up"),
     "stall": (Outcome.STALL, "Codex was silent for too long"),
     "interrupted": (Outcome.INTERRUPTED, "codexd had to stop Codex in the middle of its turn"),
-    "cancelled": (Outcome.CANCELLED, "The task was cancelled"),
     "budget": (Outcome.BUDGET, "The task's tokens (limits.task_tokens) were used up"),
 }
 
@@ -126,14 +125,11 @@ def judge(
     stderr_head       the beginning of standard error
     requested_thread  the thread that was to be continued, if one was
     stop_reason       why codexd stopped Codex: "timeout", "stall", "interrupted",
-                      "cancelled", "budget", or "grace" for one that did not exit after
-                      its turn; None if it ended by itself
+                      "budget", or "grace" for one that did not exit after its turn;
+                      None if it ended by itself
     answer            the last message, from wherever it was found
     """
     outcome, why = _found(reader, exit_status, stderr_head, requested_thread, stop_reason, answer)
-    if stop_reason == "cancelled" and (outcome is not Outcome.DONE or exit_status != 0):
-        # Whatever else went wrong: nobody wants this task any more.
-        outcome, why = _stopped(reader, "cancelled")
     return outcome, plain(why, SENTENCE)
 
 

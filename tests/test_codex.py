@@ -409,16 +409,6 @@ def test_no_rollout_is_no_message(tmp_path: Path) -> None:
     assert codex.rollout_message(str(tmp_path), THREAD) is None
 
 
-def test_the_newest_rollout_names_its_thread_unless_there_are_several(tmp_path: Path) -> None:
-    now = time.time()
-    assert codex.newest_rollout_thread(str(tmp_path), now) is None
-    os.utime(rollout(tmp_path, THREAD, "", day="2026/11/22"), (now - 60, now - 60))
-    assert codex.newest_rollout_thread(str(tmp_path), now - 1) is None
-    os.utime(rollout(tmp_path, OTHER, ""), (now + 1, now + 1))
-    assert codex.newest_rollout_thread(str(tmp_path), now) == OTHER
-    assert codex.newest_rollout_thread(str(tmp_path), now - 90) is None
-
-
 # --- the worker must start fast -----------------------------------------------
 
 

@@ -176,7 +176,7 @@ def test_the_stubborn_one_has_to_be_killed(tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         run.process.wait(0.2)
     run.process.kill()
-    assert run.end("cancelled")[0] is Outcome.CANCELLED
+    assert run.end("interrupted")[0] is Outcome.INTERRUPTED
 
 
 def test_it_tells_what_it_was_given_and_how_often(tmp_path: Path) -> None:
