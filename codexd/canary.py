@@ -8,9 +8,10 @@ A Codex may be too old for profiles, change what they mean, or have a sandbox
 that does not work; none of that is told, so it is tried, by a command in a real
 sandbox that looks at the profile's own file.  It is the worker that tries: the
 master's unit has no namespaces to do it in.  Tried once for each Codex and
-config.toml; what it came to is kept in CODEX_HOME/.codexd/hides.json.
+config.toml; what the command saw is kept in CODEX_HOME/.codexd/hides.json.  That it
+could not look says nothing of the profile, so it is not kept.
 
-May fail with OSError.  Lean: the worker uses it.
+May fail with OSError, and with `Untold`.  Lean: the worker uses it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
 
 SANDBOXES = ("read-only", "workspace-write")  # there is a permission profile for each
 _WAIT = 20  # seconds
+_TRIES = 4  # a file that the profile denies may go just as the sandbox is set up
+_FORMAT = 2  # of hides.json; in the first one a try that failed stood for "open"
 _LOOK = 'if (: < "$1") 2>/dev/null; then echo open; else echo hidden; fi'
+
+
+class Untold(Exception):
+    """A command that could tell was not run; the text says why."""
 
 
 def works(binary: str, home: str, env: Mapping[str, str]) -> str | None:
@@ -53,7 +60,7 @@ def works(binary: str, home: str, env: Mapping[str, str]) -> str | None:
 
 
 def verdict(home: str) -> str | None:
-    """Why the profile was found not to work; None if it does, or was not tried yet."""
+    """Why the profile was found not to be heeded; None if it is, or was not tried yet."""
     try:
         why = durable.read_json(_verdict(home), 1 << 16).get("why")
     except (FileNotFoundError, ValueError):
@@ -64,9 +71,9 @@ def verdict(home: str) -> str | None:
 def hides(binary: str, home: str, env: Mapping[str, str]) -> str | None:
     """Why this Codex, here, does not keep secrets from commands; None if it does.
 
-    Tried when it is not known yet.  Raises OSError when it cannot be told.
+    Tried when it is not known yet.  Raises OSError or Untold when it cannot be told.
     """
-    of = [binary, _stamp(binary), _stamp(os.path.join(home, "config.toml"))]
+    of = [_FORMAT, binary, _stamp(binary), _stamp(os.path.join(home, "config.toml"))]
     try:
         known = durable.read_json(_verdict(home), 1 << 16)
         if known.get("of") == of:
@@ -92,17 +99,21 @@ def _stamp(path: str) -> list[int]:
 
 
 def _try(binary: str, home: str, env: Mapping[str, str], sandbox: str) -> str | None:
-    """Whether a command in a real sandbox is kept from the profile's own file."""
+    """Why a command in a real sandbox is not kept from the profile's own file."""
     canary = os.path.join(home, f"{PROFILE}.config.toml")
     os.close(os.open(canary, os.O_RDONLY | os.O_CLOEXEC))  # there, and ours to read
     chosen = f'default_permissions="{PERMISSIONS}{sandbox}"'
     command = [binary, "sandbox", "-p", PROFILE, "-c", chosen, "--", "/bin/sh", "-c", _LOOK]
-    status, told, said = _run([*command, "sh", canary], home, env)
-    if status == 0 and told == "hidden":
-        return None
-    if told == "open":
-        return f"{binary} does not heed permission profiles ({sandbox})"
-    return f"{binary} sandbox does not work with a permission profile ({sandbox}): {said}"
+    for _ in range(_TRIES):
+        status, told, said = _run([*command, "sh", canary], home, env)
+        if status == 0 and told == "hidden":
+            return None
+        if status == 0 and told == "open":
+            return f"{binary} does not heed permission profiles ({sandbox})"
+    raise Untold(
+        f"{binary} sandbox does not work with a permission profile ({sandbox}), and"
+        f" without one secrets would not be hidden: {said or f'status {status}'}"
+    )
 
 
 def _run(command: list[str], home: str, env: Mapping[str, str]) -> tuple[int, str, str]:

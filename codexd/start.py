@@ -31,7 +31,7 @@ class Unfit(Exception):
 
 
 class Unsafe(Exception):
-    """No task can work here: Codex's sandbox does not."""
+    """No task can work here: Codex's sandbox does not, or does not hide what it must."""
 
 
 class Attempt:
@@ -101,9 +101,9 @@ class Attempt:
         return found
 
     def sandbox(self) -> str:
-        """As ordered; a plain one where Codex cannot keep secrets from commands.
+        """As ordered; a plain one where Codex does not heed ours, which keeps secrets.
 
-        Raises Unsafe where it cannot keep them from anything.
+        Raises Unsafe where commands are kept from nothing, or that cannot be told.
         """
         ordered = str(self.orders["sandbox"])
         plain = ordered.removeprefix(command.PERMISSIONS)
@@ -114,7 +114,10 @@ class Attempt:
         codex = self.orders["bin"], self.orders["home"], self.environment()
         if why := canary.works(*codex):
             raise Unsafe(why)
-        hides = plain != ordered and canary.hides(*codex) is None
+        try:
+            hides = plain != ordered and canary.hides(*codex) is None
+        except canary.Untold as problem:
+            raise Unsafe(str(problem)) from None
         return ordered if hides else plain
 
     def add_dirs(self) -> list[str]:

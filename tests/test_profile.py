@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -337,6 +338,63 @@ def test_a_real_codex_heeds_it_and_is_asked_once(tmp_path: Path) -> None:
     why = canary.hides(REAL, home, env)
     assert why == canary.verdict(home) == f"{REAL} does not heed permission profiles (read-only)"
     assert profile.why_not(found) == why
+
+
+FAILING = """\
+#!/bin/sh
+[ "$1" = exec ] && echo "$*" >>{place}/turns
+if [ "$1 $2" = "sandbox -p" ] && [ "$(cat {place}/failures 2>/dev/null | wc -l)" -lt {times} ]; then
+    echo again >>{place}/failures
+    echo "bwrap: Can't create file at {place}/state.sqlite-shm: Read-only file system" >&2
+    exit 1
+fi
+exec {real} "$@"
+"""
+
+
+def failing(place: Path, times: int) -> Path:
+    """The real Codex, but it says `times` times what it says when a denied file has just gone."""
+    path = place / "failing"
+    path.write_text(FAILING.format(place=place, times=times, real=REAL))
+    path.chmod(0o755)
+    return path
+
+
+def test_a_try_that_fails_is_no_verdict(tmp_path: Path) -> None:
+    found = installed(tmp_path / "root")
+    home = str(found.codex.home)
+    profile.write(found, [])
+    env = codex.environment(os.environ, home, [])
+    binary = failing(tmp_path, 3)
+    assert canary.hides(str(binary), home, env) is None
+    assert (tmp_path / "failures").read_text() == "again\n" * 3
+    # What was kept when such a try still was one does not count.
+    kept = Path(home, ".codexd", "hides.json")
+    known = json.loads(kept.read_text())
+    kept.write_text(json.dumps({"of": known["of"][1:], "why": "it does not work"}))
+    assert canary.hides(str(binary), home, env) is None
+    assert json.loads(kept.read_text()) == known
+
+
+def test_nothing_is_run_while_it_cannot_be_told(place: Path, model: CaseModel) -> None:
+    (place / "root").mkdir()
+    binary = failing(place, 1000)
+    one = Daemon(place / "root", model.environment(), UNHURRIED.format(binary=binary))
+    model.write_config(one.dirs.codex_home)
+    with one:
+        one.drop("a.md", "[[say hidden after all]]")
+        until(lambda: any("**closed**" in line for line in one.events()), "the gate to close")
+        why = one.json("status")["gate"]["host"]["message"]
+        assert "sandbox does not work with a permission profile" in why
+        assert not (place / "turns").exists()
+        failing(place, 0)
+        one.run("release")
+        assert one.answer("a")[1] == "hidden after all\n"
+        assert one.tasks()[0]["attempts"] == 1
+    assert 'default_permissions="codexd-workspace-write"' in (place / "turns").read_text()
+
+
+UNHURRIED = "retry: {{base: 10m}}\nhttp: {{listen: off}}\ncodex: {{bin: {binary}}}\n"
 
 
 def test_a_codex_without_profiles_runs_in_the_plain_sandbox(tmp_path: Path) -> None:
