@@ -13,6 +13,7 @@ worker uses it.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 STEPS = ((signal.SIGINT, 5.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0))
 BEAT = 30.0  # seconds between signs of life to systemd; its WatchdogSec= is longer
 CLEANUP = 5.0  # seconds for what was left behind to be gone
+_PIECE = 1 << 16  # bytes read at once; then all else has its turn, however much comes
 
 
 class Child:
@@ -82,19 +84,25 @@ class Child:
 
     # --- its pipes ----------------------------------------------------------------
 
+    def _read(self, fd: int) -> int:
+        """Take a piece of what is there; how much it was."""
+        try:
+            data = os.read(fd, _PIECE)
+        except BlockingIOError:
+            return 0
+        if data:
+            self._pipes[fd](data)
+        else:
+            del self._pipes[fd]
+            os.close(fd)
+        return len(data)
+
     def _drain(self, fd: int) -> None:
-        """Read what is there now; a grandchild may keep the pipe open for ever."""
-        while True:
-            try:
-                data = os.read(fd, 1 << 16)
-            except BlockingIOError:
-                return
-            if not data:
-                self._pipes.pop(fd)
-                os.close(fd)
-                return
-            sink = self._pipes[fd]
-            sink(data)
+        """Take what the process had printed when it ended, which the pipe holds; what it
+        left behind may print for ever."""
+        left = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+        while left > 0 and (size := self._read(fd)):
+            left -= size
 
     # --- its end --------------------------------------------------------------------
 
@@ -113,8 +121,8 @@ class Child:
     def _signal(self, number: int) -> None:
         try:
             os.killpg(self.pid, number)
-        except ProcessLookupError:
-            pass  # it has just ended; wait4 will tell how
+        except (ProcessLookupError, PermissionError):
+            pass  # it has just ended, wait4 will tell how; or another user's is left, by sudo
 
     def run(self, wakeup: int) -> None:
         """Until it is gone and everything it printed is read.
@@ -131,7 +139,7 @@ class Child:
             pause = max(0.0, self._pause(time.monotonic()))
             for fd, _ in poll.poll(pause * 1000 + 1):
                 if fd in self._pipes:
-                    self._drain(fd)
+                    self._read(fd)
                     if fd not in self._pipes:
                         poll.unregister(fd)
                 elif fd == self._gone:

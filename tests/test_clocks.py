@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from codexd.child import STEPS
 from codexd.turn import BUSY, GRACE
+from tests.daemon import until
+from tests.processes import kill, naming
 from tests.test_worker import Place
 
 PATIENCE = STEPS[0][1] + 8  # a stop, on a machine under load
@@ -51,15 +54,45 @@ def test_what_strikes_and_when(
 
 def test_each_event_of_a_command_begins_its_time_anew(tmp_path: Path) -> None:
     """A stand-in whose command says something every other second, for longer than BUSY."""
-    fake = tmp_path / "talker"
-    fake.write_text(TALKER)
-    fake.chmod(0o755)
-    (tmp_path / "root").mkdir()
-    place = Place(tmp_path / "root", idle_timeout=1, bin=str(fake))
+    talk = "for n in 1 2 3 4; do sleep 2; " + _line("item.updated", item=ITEM) + "; done"
+    place = stand_in(tmp_path, talk, idle_timeout=1)
     began = time.monotonic()
     result = place.run()
     assert result["outcome"] == "done", result
     assert time.monotonic() - began > BUSY + 1
+
+
+def test_a_flood_of_events_stops_no_clock(tmp_path: Path) -> None:
+    flood = "echo 1 2 3 4 5 6 | xargs -n 1 -P 6 yes"  # faster than it can be read
+    place = stand_in(tmp_path, flood, timeout=1)
+    try:
+        assert place.run()["outcome"] == "timeout"
+    finally:
+        kill(naming(str(tmp_path)))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start another user's process")
+def test_another_users_process_that_is_left_is_no_reason_to_fail(tmp_path: Path) -> None:
+    """As of a command with sudo, which a worker without privileges cannot kill."""
+    leave = "sleep 86318 >/dev/null 2>&1 &"
+    place = stand_in(tmp_path, f"setpriv --reuid=65534 sh -c '{leave}'")
+    command = ["setpriv", "--bounding-set=-kill", *place.command()]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as worker:
+        until(
+            lambda: worker.poll() is not None or (place.attempt / "result.json").exists(), "an end"
+        )
+        kill(naming("sleep 86318"))
+    assert place.result()["outcome"] == "done"
+    assert worker.returncode == 0
+
+
+def stand_in(place: Path, work: str, **orders: object) -> Place:
+    """A Codex that does this, in sh, while a command of its turn is open."""
+    fake = place / "talker"
+    fake.write_text(TALKER.replace("WORK", work))
+    fake.chmod(0o755)
+    (place / "root").mkdir()
+    return Place(place / "root", bin=str(fake), **orders)
 
 
 THREAD = "01a20000-0000-7000-8000-000000000000"
@@ -79,7 +112,7 @@ TALKER = "\n".join(
         _line("thread.started", thread_id=THREAD),
         _line("turn.started"),
         _line("item.started", item=ITEM),
-        "for n in 1 2 3 4; do sleep 2; " + _line("item.updated", item=ITEM) + "; done",
+        "WORK",
         _line("item.completed", item={**ITEM, "status": "completed", "exit_code": 0}),
         _line("item.completed", item=SAID),
         _line("turn.completed", usage={}),
