@@ -34,6 +34,29 @@ CLEANUP = 5.0  # seconds for what was left behind to be gone
 _PIECE = 1 << 16  # bytes read at once; then all else has its turn, however much comes
 
 
+class Halt:
+    """Word that all has to stop: a signal, or the end of the daemon.  It stands."""
+
+    def __init__(self) -> None:
+        """From now on a signal is a byte in a pipe."""
+        self._signals, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(write)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda _number, _frame: None)
+
+    def poll(self) -> select.poll:
+        """What tells of it, for a wait that waits for more."""
+        poll = select.poll()
+        poll.register(self._signals, select.POLLIN)
+        if stat.S_ISFIFO(os.fstat(0).st_mode):
+            poll.register(0, 0)  # the daemon holds the other end: POLLHUP alone
+        return poll
+
+    def told(self, seconds: float = 0.0) -> bool:
+        """Whether it has come; waits so long for it."""
+        return bool(self.poll().poll(seconds * 1000))
+
+
 class Child:
     """A process that `command.spawn` started."""
 
@@ -124,17 +147,11 @@ class Child:
         except (ProcessLookupError, PermissionError):
             pass  # it has just ended, wait4 will tell how; or another user's is left, by sudo
 
-    def run(self, wakeup: int) -> None:
-        """Until it is gone and everything it printed is read.
-
-        Stops it when a byte comes in `wakeup`, or the daemon's pipe closes.
-        """
-        parent = _parent_pipe()
-        poll = select.poll()
-        for fd in (*self._pipes, self._gone, wakeup):
+    def run(self, halt: Halt) -> None:
+        """Until it is gone and everything it printed is read; stops it at a `halt`."""
+        poll = halt.poll()
+        for fd in (*self._pipes, self._gone):
             poll.register(fd, select.POLLIN)
-        if parent is not None:
-            poll.register(parent, 0)  # POLLHUP alone
         while not self._ended:
             pause = max(0.0, self._pause(time.monotonic()))
             for fd, _ in poll.poll(pause * 1000 + 1):
@@ -148,9 +165,8 @@ class Child:
                     poll.unregister(fd)
                     self.stop("interrupted")
             self._tick()
-        poll.unregister(self._gone)
         os.close(self._gone)
-        if any(fd not in self._pipes for fd, _ in poll.poll(0)):
+        if halt.told():
             # Whoever ended us ended it in the same moment: that is no crash of it.
             self.stop_reason = self.stop_reason or "interrupted"
         self._signal(signal.SIGKILL)  # what its tools left running
@@ -196,20 +212,6 @@ class Child:
             "cpu_seconds": round(spent.ru_utime + spent.ru_stime, 3),
             "memory_peak_bytes": spent.ru_maxrss * 1024,
         }
-
-
-def catch_signals() -> int:
-    """From now on a signal is a byte in the pipe that is returned."""
-    read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(write)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda _number, _frame: None)
-    return read
-
-
-def _parent_pipe() -> int | None:
-    """Standard input, if it is the pipe that tells of the daemon's end."""
-    return 0 if stat.S_ISFIFO(os.fstat(0).st_mode) else None
 
 
 def _adopt_orphans() -> None:

@@ -27,7 +27,9 @@ class Locked(Exception):
     """Somebody else holds it."""
 
 
-def _wait(take: Callable[[], None], deadline: float, what: str) -> None:
+def _wait(
+    take: Callable[[], None], deadline: float, what: str, pause: Callable[[float], None]
+) -> None:
     end = time.monotonic() + deadline
     while True:
         try:
@@ -36,7 +38,7 @@ def _wait(take: Callable[[], None], deadline: float, what: str) -> None:
         except (BlockingIOError, PermissionError):  # fcntl(2): EAGAIN or EACCES
             if time.monotonic() >= end:
                 raise Locked(what) from None
-        time.sleep(_RETRY)
+        pause(_RETRY)
 
 
 def hold(path: str | os.PathLike[str], deadline: float) -> int:
@@ -71,8 +73,12 @@ def is_held(path: str | os.PathLike[str]) -> bool:
     return False
 
 
-def hold_thread(home: str, thread: str, deadline: float) -> int:
+def hold_thread(
+    home: str, thread: str, deadline: float, pause: Callable[[float], None] = time.sleep
+) -> int:
     """Take the lock of one Codex thread (a UUID); the descriptor holds it.
+
+    What `pause` raises ends the wait.
 
     A byte range of one file, at an offset made of the id: no file a thread to
     clean up.  POSIX range locks go with the first close of the file in this
@@ -84,16 +90,17 @@ def hold_thread(home: str, thread: str, deadline: float) -> int:
     # 60 bits from the random end of the id: version 7 ids begin with the time.
     offset = int(thread.replace("-", "")[-15:], 16)
     take = fcntl.LOCK_EX | fcntl.LOCK_NB
-    return _taken(fd, lambda: fcntl.lockf(fd, take, 1, offset), deadline, f"thread {thread}")
+    return _taken(fd, lambda: fcntl.lockf(fd, take, 1, offset), deadline, f"thread {thread}", pause)
 
 
-def hold_start(home: str, deadline: float) -> int:
+def hold_start(home: str, deadline: float, pause: Callable[[float], None] = time.sleep) -> int:
     """Take the lock that Codex is started under; closing the descriptor frees it.
 
-    As of a thread's, its file must be opened only here, and once at a time.
+    As of a thread's, its file must be opened only here, and once at a time, and what
+    `pause` raises ends the wait.
     """
     fd = _open(home, "starts.lock")
-    return _taken(fd, lambda: os.lockf(fd, os.F_TLOCK, 1), deadline, f"a start in {home}")
+    return _taken(fd, lambda: os.lockf(fd, os.F_TLOCK, 1), deadline, f"a start in {home}", pause)
 
 
 def _open(home: str, name: str) -> int:
@@ -102,9 +109,15 @@ def _open(home: str, name: str) -> int:
     return os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
-def _taken(fd: int, take: Callable[[], None], deadline: float, what: str) -> int:
+def _taken(
+    fd: int,
+    take: Callable[[], None],
+    deadline: float,
+    what: str,
+    pause: Callable[[float], None] = time.sleep,
+) -> int:
     try:
-        _wait(take, deadline, what)
+        _wait(take, deadline, what, pause)
     except BaseException:
         os.close(fd)
         raise

@@ -21,28 +21,34 @@ import time
 
 from codexd import cgroup, codex, durable, prompt, verify
 from codexd.outcome import Outcome
-from codexd.start import why_not
+from codexd.start import Halted, why_not
 from codexd.turn import Turn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from codexd.child import Halt
     from codexd.service import Service
     from codexd.start import Attempt
     from codexd.verify import Check
 
 _ANSWER = 100_000  # characters of the answer of a round that was not the last
+# Seconds before each try to run the check.  A database of Codex's is denied with files
+# beside it that are there only while it is open: where one goes just as the sandbox is
+# set up, that fails, and no command has begun.
+_TRIES = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 class Rounds:
     """The turns of one attempt."""
 
-    def __init__(self, attempt: Attempt, wakeup: int, manager: Service | None) -> None:
-        """`wakeup` becomes readable when all has to stop; `manager`: see `child`."""
+    def __init__(self, attempt: Attempt, halt: Halt, manager: Service | None) -> None:
+        """`halt` and `manager`: see `child`."""
         self.attempt = attempt
-        self.wakeup = wakeup
+        self.halt = halt
         self.manager = manager
+        attempt.pause = self._pause
         self.wanted: Any = attempt.orders.get("verify") or {}
         self.thread: str | None = attempt.orders["thread"]
         self.deadline = time.monotonic() + float(attempt.orders["timeout"])
@@ -52,11 +58,11 @@ class Rounds:
         self.cost: dict[str, float] = {}
         self.turn: Turn  # the last
         self.check: Check | None = None  # of this round, once it was begun
-        self.answer: str | None = None
+        self.answer: str | None = None  # the last one; a turn that failed may have none
 
     def run(self, process: tuple[int, int, int]) -> Outcome:
         """From `process`, which is Codex in its first turn, to the result; its outcome."""
-        outcome, message = self._turn(process)
+        outcome, message = self._turn(self._watched(process))
         while self.wanted and outcome is Outcome.DONE:
             outcome, message = self._verify()
             if outcome is not Outcome.VERIFY or self.check is None or self._left() <= 0:
@@ -74,27 +80,37 @@ class Rounds:
         """End what Codex's tools put into sessions of their own."""
         self.turn.sweep()
 
+    def _pause(self, seconds: float) -> None:
+        """Wait, and hear whether all has to stop meanwhile.  Raises Halted."""
+        if self.halt.told(seconds):
+            raise Halted(f"codexd was stopped after turn {len(self.earlier) + 1}")
+
     # --- a turn -------------------------------------------------------------------
 
-    def _turn(self, process: tuple[int, int, int]) -> tuple[Outcome, str]:
-        """Codex until it has ended; what the turn came to."""
+    def _watched(self, process: tuple[int, int, int]) -> Turn:
+        """Codex, just started, as a turn with what is left for it."""
         attempt = self.attempt
         limits = {"timeout": self._time(), "thread": self.thread, "tokens": self.tokens}
         orders, starting = {**attempt.orders, **limits}, attempt.starting
-        turn = self.turn = Turn(attempt.place, orders, *process, self.manager, starting)
-        turn.run(self.wakeup)
+        return Turn(attempt.place, orders, *process, self.manager, starting)
+
+    def _turn(self, turn: Turn) -> tuple[Outcome, str]:
+        """Codex until it has ended; what the turn came to."""
+        self.turn = turn
+        turn.run(self.halt)
         self._spend(turn.cost)
         self.items += turn.reader.items_seen
-        self.answer = self._answer(turn)
+        answer = self._answer(turn)
+        self.answer = answer or self.answer
         outcome, message = codex.judge(
             turn.reader,
             exit_status=turn.status,
             stderr_head=turn.told.decode("utf-8", "replace"),
             requested_thread=self.thread,
             stop_reason=turn.stop_reason,
-            answer=self.answer,
+            answer=answer,
         )
-        used = cgroup.of_unit(f"codexd-worker@{attempt.id}.service")
+        used = cgroup.of_unit(f"codexd-worker@{self.attempt.id}.service")
         if outcome is Outcome.SIGNAL and cgroup.oom_kills(used):
             return Outcome.OOM, "Codex was killed for want of memory (MemoryMax=)"
         return outcome, message
@@ -129,22 +145,31 @@ class Rounds:
 
     def _verify(self) -> tuple[Outcome, str]:
         """Run the check; done if it passes."""
-        attempt, line, number = self.attempt, self.wanted["command"], len(self.earlier) + 1
-        if self.turn.stop_reason == "interrupted":
-            return Outcome.INTERRUPTED, "codexd was stopped before the check of the turn"
         self.turn.sweep()  # what the turn left running must not disturb
-        try:
-            dirs, env = attempt.add_dirs(), attempt.environment()
-            process = verify.begin(line, attempt.orders, attempt.chosen, dirs, env)
-        except Exception as problem:
-            outcome, why = why_not(problem)
-            return outcome, f"The check of the turn was not run: {why}"
-        path = attempt.path(f"verify-{number}.txt")
-        check = self.check = verify.Check(line, path, process, self._time(), self.manager)
-        check.run(self.wakeup)
-        check.sweep()
-        self._spend(check.cost)
+        number = len(self.earlier) + 1
+        for pause in _TRIES:
+            try:
+                self._pause(pause)
+                check = self.check = self._checking(number)
+            except Exception as problem:
+                self.sweep()
+                outcome, why = why_not(problem)
+                return outcome, f"The check of the turn was not run: {why}"
+            check.run(self.halt)
+            check.sweep()
+            self._spend(check.cost)
+            if not check.missed:
+                break
         return check.verdict(number, int(self.wanted["rounds"]))
+
+    def _checking(self, number: int) -> Check:
+        """Run `number` of the check, just started."""
+        attempt, line = self.attempt, self.wanted["command"]
+        attempt.enter()
+        dirs, env = attempt.add_dirs(), attempt.environment()
+        process = verify.begin(line, attempt.orders, attempt.chosen, dirs, env)
+        path = attempt.path(f"verify-{number}.txt")
+        return verify.Check(line, path, process, self._time(), self.manager)
 
     def _again(self, check: Check) -> tuple[Outcome, str]:
         """Another turn, which is told what the check said."""
@@ -159,13 +184,14 @@ class Rounds:
         nonce, left = os.urandom(8).hex(), self._left()
         asked = prompt.unverified(self.wanted["command"], check.status, output, cut, nonce, left)
         try:
-            process = self.attempt.again(self.thread, asked, len(self.earlier) + 2)
+            turn = self._watched(self.attempt.again(self.thread, asked, len(self.earlier) + 2))
         except Exception as problem:
+            self.sweep()
             return why_not(problem)
         answer = (self.answer or "")[:_ANSWER]
         self.earlier.append({"answer": answer, "status": check.status, "asked": asked})
         self.check = None
-        return self._turn(process)
+        return self._turn(turn)
 
     # --- the result -----------------------------------------------------------------
 
@@ -174,6 +200,7 @@ class Rounds:
         reader = turn.reader
         thread = reader.thread or self.thread
         usage, model = self._spent(turn)
+        stopped = self.check.stop_reason if self.check else turn.stop_reason
         used = cgroup.of_unit(f"codexd-worker@{attempt.id}.service")
         attempt.finish(
             outcome.value,
@@ -185,7 +212,7 @@ class Rounds:
             model=model,
             answer=self.answer,
             exit_status=turn.status,
-            stop_reason=self.check.stop_reason if self.check else turn.stop_reason,
+            stop_reason="interrupted" if outcome is Outcome.INTERRUPTED else stopped,
             stderr=turn.told[:2000].decode("utf-8", "replace"),
             cost={**self.cost, **cgroup.cost(used)},
             rounds=self.earlier,

@@ -1,8 +1,9 @@
 """An attempt up to the start of Codex: what was ordered, whether it can work, what Codex is given.
 
 Part of the worker.  Owns tasks/ID/N but for what Codex prints; `rounds` goes on from
-here.  Raises Unfit, ValueError, OSError or lock.Locked where Codex cannot be started, and
-Unsafe where it must not be; `why_not` says what that comes to.
+here.  Raises Unfit, ValueError, OSError or lock.Locked where Codex cannot be started,
+Unsafe where it must not be, and Halted where it should not be any more; `why_not` says
+what that comes to.
 
 Leaner than lean: every task waits for it.
 """
@@ -16,7 +17,7 @@ from codexd import command, durable, lock, prompt
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from codexd.outcome import Outcome
@@ -32,6 +33,10 @@ class Unfit(Exception):
 
 class Unsafe(Exception):
     """No task can work here: Codex's sandbox does not, or does not hide what it must."""
+
+
+class Halted(Exception):
+    """All has to stop; the text says what was not begun."""
 
 
 class Attempt:
@@ -57,6 +62,7 @@ class Attempt:
         self.chosen = ""  # the sandbox
         self.held: str | None = None  # the thread whose lock we have
         self.starting: int | None = None  # the lock that Codex was started under
+        self.pause: Callable[[float], None] = time.sleep  # between tries to take a lock
 
     def log(self, manager: Service | None, event: str, **fields: object) -> None:
         """A line in the journal, where we are a unit; else the master tells enough."""
@@ -99,6 +105,14 @@ class Attempt:
         if not os.path.isdir(found):
             raise Unfit(f"workdir {found} is not a directory")
         return found
+
+    def enter(self) -> None:
+        """Be in the workdir: a turn may have put another directory in its place."""
+        self.cwd = self.workdir()
+        try:
+            os.chdir(self.cwd)
+        except PermissionError as problem:
+            raise Unfit(f"workdir {self.cwd} cannot be entered: {problem.strerror}") from None
 
     def sandbox(self) -> str:
         """As ordered; a plain one where Codex does not heed ours, which keeps secrets.
@@ -192,16 +206,16 @@ class Attempt:
 
     def begin(self) -> tuple[int, int, int]:
         """Start Codex: its pid, and what to read its output and its errors from."""
-        self.cwd = self.workdir()
+        self.enter()
         self.chosen = self.sandbox()
         argv, env = self.argv(self.orders["thread"], self.request["images"]), self.environment()
-        os.chdir(self.cwd)
         if self.orders["thread"]:
             self.hold(self.orders["thread"])
         return self.spawn(argv, env, self.opened("prompt.md", self.text()))
 
     def again(self, thread: str, text: str, number: int) -> tuple[int, int, int]:
         """As `begin`, for turn `number` of the attempt, which is given `text`."""
+        self.enter()
         self.hold(thread)
         try:
             os.unlink(self.path("last.md"))  # a turn that fails leaves it as it is
@@ -217,7 +231,7 @@ class Attempt:
         that: what keeps it for too long must not keep us.
         """
         try:
-            self.starting = lock.hold_start(self.orders["home"], START_WAIT)
+            self.starting = lock.hold_start(self.orders["home"], START_WAIT, self.pause)
         except lock.Locked:
             self.starting = None
         return command.spawn(argv, env, stdin)
@@ -225,7 +239,7 @@ class Attempt:
     def hold(self, thread: str) -> None:
         """No other worker writes the thread from here on."""
         if self.held != thread:
-            lock.hold_thread(self.orders["home"], thread, THREAD_WAIT)
+            lock.hold_thread(self.orders["home"], thread, THREAD_WAIT, self.pause)
             self.held = thread
 
     def finish(self, outcome: str, message: str, **evidence: object) -> None:
@@ -258,5 +272,7 @@ def why_not(problem: Exception) -> tuple[Outcome, str]:
         return Outcome.HOST, f"cannot start Codex: {problem}"
     if isinstance(problem, Unsafe):
         return Outcome.HOST, str(problem)
+    if isinstance(problem, Halted):
+        return Outcome.INTERRUPTED, str(problem)
     kind = type(problem).__name__
     return Outcome.CONFIG, f"the task's record or its orders are damaged: {kind}: {problem}"

@@ -89,6 +89,11 @@ class Check(Child):
         self._file.close()
 
     @property
+    def missed(self) -> bool:
+        """Whether it ended by itself before the command began."""
+        return not self.ran and self.stop_reason is None
+
+    @property
     def told(self) -> int | None:
         """Its exit status, if it came to one by itself."""
         return self.status if self.ran and self.stop_reason is None else None

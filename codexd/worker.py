@@ -50,13 +50,13 @@ def perform(attempt: Attempt) -> int:
         _ring()
         attempt.log(_manager(), "attempt.ended", outcome=outcome, why=message)
         return 0
-    from codexd.child import catch_signals
+    from codexd.child import Halt
     from codexd.rounds import Rounds
 
-    wakeup = catch_signals()
+    halt = Halt()
     manager = _manager()
     attempt.log(manager, "attempt.begun", pid=process[0])
-    rounds = Rounds(attempt, wakeup, manager)
+    rounds = Rounds(attempt, halt, manager)
     outcome = rounds.run(process)
     _ring()
     attempt.log(manager, "attempt.ended", outcome=outcome, status=rounds.status)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -148,25 +149,50 @@ def test_a_held_up_start_goes_on_without_the_lock(
 ) -> None:
     monkeypatch.setattr(start, "START_WAIT", 0.2)  # a number, not what it is about
     place = Place(tmp_path)
-    code = "import sys; from codexd import lock; lock.hold_start(sys.argv[1], 0); print(flush=True)"
-    held = subprocess.Popen(
-        [sys.executable, "-c", f"{code}; input()", str(tmp_path / "home")],
+    one = start.Attempt(str(place.tasks), ID)
+    one.cwd, one.chosen = str(tmp_path), "workspace-write"
+    env = {**one.environment(), "CODEX_FAKE_MODE": "answer"}
+    with held(tmp_path / "home"):
+        pid, out, err = one.spawn(one.argv(None, []), env, one.opened("prompt.md", "x"))
+        assert one.starting is None
+        assert os.waitpid(pid, 0)[1] == 0
+    assert json.loads(os.read(out, 1 << 16).splitlines()[0])["type"] == "thread.started"
+    for fd in (out, err):
+        os.close(fd)
+
+
+@contextmanager
+def held(home: Path) -> Iterator[None]:
+    """Another process has the lock."""
+    code = "import sys; from codexd import lock; lock.hold_start(sys.argv[1], 9); print(flush=True)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; input()", str(home)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=Path(__file__).parent.parent,
     )
-    assert held.stdout is not None
-    held.stdout.readline()
-    one = start.Attempt(str(place.tasks), ID)
-    one.cwd, one.chosen = str(tmp_path), "workspace-write"
-    env = {**one.environment(), "CODEX_FAKE_MODE": "answer"}
-    pid, out, err = one.spawn(one.argv(None, []), env, one.opened("prompt.md", "x"))
-    assert one.starting is None
-    assert os.waitpid(pid, 0)[1] == 0
-    assert json.loads(os.read(out, 1 << 16).splitlines()[0])["type"] == "thread.started"
-    for fd in (out, err):
-        os.close(fd)
-    held.communicate(b"\n")
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    try:
+        yield
+    finally:
+        holder.communicate(b"\n")
+
+
+def test_a_further_turn_that_waits_for_the_lock_can_be_stopped(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    check = {"command": f"until test -e {go}; do sleep 0.02; done; exit 1", "rounds": 2}
+    place = Place(tmp_path, verify=check)
+    worker = place.start("answer", stdin=subprocess.DEVNULL)
+    until((place.attempt / "verify-1.txt").exists, "the check")
+    with held(tmp_path / "home"):
+        go.touch()
+        until((place.attempt / "prompt-2.md").exists, "the next turn")
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(15) == STOPPED
+    found = place.result()
+    assert (found["outcome"], found["stop_reason"]) == ("interrupted", "interrupted")
+    assert (found["rounds"], found["verified"]) == ([], 1)
 
 
 def test_nothing_is_left_of_the_lock(tmp_path: Path) -> None:

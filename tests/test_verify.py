@@ -157,9 +157,34 @@ def test_a_turn_that_fails_is_not_checked(daemon: Daemon) -> None:
     assert daemon.answer("a")[0]["outcome"] == "config"
     assert not (daemon.dirs.work / "checked").exists()
     drop(daemon, "b", {"command": "false"}, "[[say x]]\nround 2: [[400]]")
-    front, _ = daemon.answer("b")
-    assert (front["outcome"], front["attempts"]) == ("config", 1)
+    front, answer = daemon.answer("b")
+    assert (front["outcome"], front["attempts"], answer) == ("config", 1, "x\n")
     assert len(result(daemon, "b")["rounds"]) == 1
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_turn_may_put_another_directory_in_place_of_the_workdir(
+    daemon: Daemon, rounds: int
+) -> None:
+    """What follows is run there, and not in the one that is gone."""
+    workdir = daemon.dirs.work / "it"
+    workdir.mkdir()
+    replace = f"cd ..; rm -r {workdir}; mkdir {workdir}; touch {workdir}/new"
+    text = f"[[shell {replace}]] [[say x]]\nround 2: [[shell touch mended]] [[say y]]"
+    check = {"command": "test -e new" if rounds == 1 else "test -e mended"}
+    drop(daemon, "a", check, text, sandbox="danger-full-access", workdir=str(workdir))
+    front, _ = daemon.answer("a")
+    assert (front["state"], len(result(daemon, "a")["rounds"])) == ("done", rounds - 1)
+
+
+def test_a_turn_that_removes_its_workdir(daemon: Daemon) -> None:
+    workdir = daemon.dirs.work / "it"
+    workdir.mkdir()
+    free = {"sandbox": "danger-full-access", "workdir": str(workdir)}
+    drop(daemon, "a", {"command": "true"}, f"[[shell cd ..; rm -r {workdir}]] [[say x]]", **free)
+    front, answer = daemon.answer("a")
+    assert (front["outcome"], answer) == ("config", "x\n")
+    assert front["message"].startswith("The check of the turn was not run: workdir ")
 
 
 def test_a_check_that_fails_proves_the_quota_is_there(daemon: Daemon) -> None:
@@ -348,19 +373,39 @@ def test_tokens_of_earlier_rounds_count(daemon: Daemon, place: Path, model: Mend
 # --- the worker alone ------------------------------------------------------------------------
 
 
-def test_a_sandbox_that_breaks_meanwhile_is_the_hosts_fault(tmp_path: Path) -> None:
+def in_sandbox(place: Path, sandbox: str) -> dict[str, Any]:
+    """The result of an attempt with a check whose sandbox is found to work, and then is this."""
     orders = {"command": "true", "rounds": 3}
-    one = Place(tmp_path, verify=orders)
+    one = Place(place, verify=orders)
     assert one.run()["verified"] == 0  # and the sandbox is known to work for the day
-    (tmp_path / "home" / "fake.json").write_text('{"sandbox": "broken"}')
+    (place / "home" / "fake.json").write_text(json.dumps({"sandbox": sandbox}))
     two = one.attempt.with_name("2")
     two.mkdir()
     (two / "attempt.json").write_bytes((one.attempt / "attempt.json").read_bytes())
     assert one.start("answer", stdin=subprocess.DEVNULL).wait(30) == 0
-    found = json.loads((two / "result.json").read_text())
+    found: dict[str, Any] = json.loads((two / "result.json").read_text())
+    return found
+
+
+def test_a_sandbox_that_breaks_meanwhile_is_the_hosts_fault(tmp_path: Path) -> None:
+    found = in_sandbox(tmp_path, "broken")
     assert found["outcome"] == "host"
     assert found["message"].startswith("Codex's sandbox cannot run the check 'true': ")
     assert found["answer"]
+
+
+def test_a_check_that_did_not_begin_is_run_again(tmp_path: Path) -> None:
+    found = in_sandbox(tmp_path, "broken 3")
+    assert (found["outcome"], found["verified"], found["rounds"]) == ("done", 0, [])
+
+
+def test_output_that_cannot_be_kept_is_the_hosts_fault(tmp_path: Path) -> None:
+    one = Place(tmp_path, verify={"command": "sleep 86316", "rounds": 3})
+    (one.attempt / "verify-1.txt").mkdir()
+    found = one.run()
+    assert found["outcome"] == "host"
+    assert found["message"].startswith("The check of the turn was not run: ")
+    assert not naming("sleep 86316")
 
 
 # --- values ------------------------------------------------------------------------------------
