@@ -107,6 +107,9 @@ _STOPPED = {
     "budget": (Outcome.BUDGET, "The task's tokens (limits.task_tokens) were used up"),
 }
 
+# A host that goes down takes its network along: what then failed is no fault of the service.
+_OF_A_SHUTDOWN = frozenset({Outcome.TRANSIENT, Outcome.RATE})
+
 _SECRET = r"\b((?:sk-|sess-|eyJ)[\w.-]{4})[\w.-]{12,}"
 
 
@@ -168,6 +171,8 @@ def _failed(message: str, stop_reason: str | None) -> tuple[Outcome, str]:
     outcome = classify(message)
     if outcome is Outcome.UNKNOWN and stop_reason in _STOPPED:
         outcome = _STOPPED[stop_reason][0]
+    if outcome in _OF_A_SHUTDOWN and stop_reason == "interrupted":
+        outcome = Outcome.INTERRUPTED
     return outcome, sentence(message) or "The turn failed, and Codex gave no reason."
 
 

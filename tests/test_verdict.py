@@ -185,7 +185,19 @@ def test_a_failed_turn_of_unknown_kind_is_explained_by_our_stop() -> None:
     turn = (STARTED, TURN, failed("turn aborted"))
     assert run(*turn, status=1)[0] is Outcome.UNKNOWN
     assert run(*turn, status=1, stop="interrupted") == (Outcome.INTERRUPTED, "turn aborted")
+    assert run(*turn, status=1, stop="timeout")[0] is Outcome.TIMEOUT
     assert run(STARTED, TURN, failed(""), status=1)[1].startswith("The turn failed")
+
+
+@pytest.mark.parametrize("message", ["Connection failed: x", "last status: 429 Too Many Requests"])
+def test_a_connection_that_breaks_as_all_is_stopped_is_no_fault_of_the_service(
+    message: str,
+) -> None:
+    turn = (STARTED, TURN, failed(message))
+    assert run(*turn, status=1, stop="interrupted") == (Outcome.INTERRUPTED, message)
+    assert run(*turn, status=1, stop="stall")[0] is classify(message)
+    quota = failed("Quota exceeded. Check your plan and billing details.")
+    assert run(STARTED, TURN, quota, status=1, stop="interrupted")[0] is Outcome.QUOTA
 
 
 @pytest.mark.parametrize("reason", ["stall", "timeout"])

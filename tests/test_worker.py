@@ -162,11 +162,14 @@ def test_a_codex_that_is_not_there_is_host(tmp_path: Path) -> None:
     assert "cannot start Codex" in result["message"]
 
 
-def test_sigterm_interrupts_the_turn(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "said"), [("hang-turn", "turn.started"), ("hang-failed", "at capacity")]
+)
+def test_sigterm_interrupts_the_turn(tmp_path: Path, mode: str, said: str) -> None:
     place = Place(tmp_path)
-    worker = place.start("hang-turn", stdin=subprocess.DEVNULL)
+    worker = place.start(mode, stdin=subprocess.DEVNULL)
     events = place.attempt / "events.jsonl"
-    until(lambda: events.exists() and "turn.started" in events.read_text(), "a turn")
+    until(lambda: events.exists() and said in events.read_text(), "a turn")
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(15) == STOPPED
     assert place.result()["outcome"] == "interrupted"
