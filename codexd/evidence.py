@@ -105,13 +105,15 @@ class Evidence:
         reader = codex.Reader()
         path = place.attempt(self.dirs, task.id, task.launches) / "events.jsonl"
         try:
-            reader.feed(durable.read(path, _EVENTS_LIMIT))
+            for piece in durable.pieces(path, _EVENTS_LIMIT):
+                reader.feed(piece)
         except (FileNotFoundError, ValueError):
             pass  # killed before Codex said anything, or not to be read
         reader.finish()
         thread = reader.thread or task.thread
         told, model = codex.spent(str(self.config.codex.home), thread) if thread else ({}, None)
-        usage = _numbers(reader.usage or told, USAGE_KEYS)
+        # Both are totals of the thread; after the last completed turn the rollout has more.
+        usage = _numbers(max(reader.usage, told, key=codex.tokens), USAGE_KEYS)
         whole = reader.completed and reader.message and (not task.thread or task.thread == thread)
         if whole and not self._has_check(task):
             text = "the turn was complete when its worker was killed"

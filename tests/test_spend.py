@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from codexd import clock, config, place, spend, spool
 from codexd.config import Config, Directories
+from codexd.evidence import Evidence
 from codexd.finish import Finish
 from codexd.gate import BUDGET, Keeper
 from codexd.ledger import Ledger
@@ -203,6 +205,28 @@ def test_an_attempt_that_is_judged_again_counts_once(tmp_path: Path, saved: bool
     again.spend.save()
     assert View(loaded.dirs).usage("session")[0]["input_tokens"] == 900
     assert View(loaded.dirs).usage("model")[0]["model"] == "gpt-x"
+
+
+def test_what_a_killed_worker_left_is_read_in_little_memory(tmp_path: Path) -> None:
+    loaded = settings(tmp_path)
+    task = Task(ID, State.RUNNING, session="web", launches=1, attempts=1, created=clock.now())
+    at = loaded.dirs.tasks / ID / "1"
+    at.mkdir(parents=True)
+    (at / "started").touch()
+    named = {"type": "thread.started", "thread_id": THREAD}
+    output = {"type": "command_execution", "id": "i", "aggregated_output": "x" * (1 << 20)}
+    line = json.dumps({"type": "item.completed", "item": output})
+    with open(at / "events.jsonl", "w") as events:
+        events.write(f"{json.dumps(named)}\n")
+        events.writelines(f"{line}\n" for _ in range(64))
+    tracemalloc.start()
+    try:
+        found = Evidence(loaded).result(task)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (found.outcome.value, found.thread) == ("interrupted", THREAD)
+    assert peak < 16 << 20
 
 
 # --- the limit of a day ---------------------------------------------------------------

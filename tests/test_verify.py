@@ -32,7 +32,8 @@ class Mender(CaseModel):
     def _play(self, turn: Turn) -> Answer:
         again = sum("[output " in said for said in turn.inputs)
         if "[output " in turn.prompt:
-            found = re.search(rf"^round {again + 1}: (.*)$", turn.inputs[0], re.MULTILINE)
+            asked = "\n".join(turn.inputs)
+            found = re.search(rf"^round {again + 1}: (.*)$", asked, re.MULTILINE)
             turn = replace(turn, inputs=[found[1] if found else "[[say still wrong]]"])
         return super()._play(turn)
 
@@ -368,6 +369,25 @@ def test_tokens_of_earlier_rounds_count(daemon: Daemon, place: Path, model: Mend
     assert front["outcome"] == "budget"
     assert front["tokens_in"] + front["tokens_out"] <= 3 * CALL
     assert len(model.turns) <= 3
+
+
+def test_tokens_of_a_round_that_was_cut_short_count(daemon: Daemon, model: Mender) -> None:
+    """In a thread that was continued; nothing comes after it to tell the total."""
+    daemon.drop("before.md", "---\nsession: s\n---\n[[say x]]\n")
+    daemon.answer("before")
+    text = "[[say x]]\nround 2: [[shell true]] [[hold A]] [[say y]]"
+    drop(daemon, "a", {"command": "false"}, text, session="s")
+    model.wait_held("A")
+    assert daemon.child is not None
+    id = daemon.tasks()[-1]["id"]
+    daemon.child.send_signal(signal.SIGSTOP)  # it finds both when it goes on
+    kill(worker_of(id))
+    (daemon.dirs.inbox / f"{id}.cancel").touch()
+    daemon.child.send_signal(signal.SIGCONT)
+    front, _ = daemon.answer("a")
+    assert front["outcome"] == "cancelled"
+    assert front["tokens_in"] + front["tokens_out"] == 2 * CALL
+    model.release("A")
 
 
 # --- the worker alone ------------------------------------------------------------------------
