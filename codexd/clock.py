@@ -1,7 +1,8 @@
 """Wall-clock time as text, the one form it has in every file.
 
 Times tell people when something happened; nothing is decided by comparing
-them, because the clock may jump.  Durations come from time.monotonic().  Lean.
+them, because the clock may jump.  Pauses are counted by `steady`; deadlines of
+processes by time.monotonic(), which stands still while the host and they sleep.  Lean.
 """
 
 from __future__ import annotations
@@ -17,6 +18,16 @@ def stamp(epoch: float) -> str:
 
 def now() -> str:
     return stamp(time.time())
+
+
+def steady() -> float:
+    """Seconds of a clock that nobody sets, and that runs on while the host sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def left(until: str, most: float) -> float:
+    """Seconds until what `stamp` wrote; between 0 and `most`, for the clock may have been set."""
+    return min(max(epoch(until) - time.time(), 0.0), most)
 
 
 def epoch(text: str) -> float:

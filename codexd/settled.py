@@ -30,7 +30,7 @@ class Settled:
         self._seen: dict[str, tuple[float, tuple[int, int, int]]] = {}
 
     def __call__(self, inbox: Path, name: str, now: float) -> bool:
-        """Whether `name` is complete; `now` is monotonic seconds."""
+        """Whether `name` is complete; `now` is by a clock that nobody sets."""
         if name in self.told:
             return True
         path = inbox / name

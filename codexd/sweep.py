@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from codexd import codex, lock
+from codexd import clock, codex, lock
 from codexd.config import Config
 from codexd.gate import Keeper
 from codexd.ledger import Follower, Ledger
@@ -209,13 +209,13 @@ class Daily:
         self.told = told
         self.warn = warn
         self.steady = steady
-        self._next = time.monotonic() + steady
+        self._next = clock.steady() + steady
         self._offset = _offset()
         self._sweep: Sweep | None = None
         self._rest: Iterator[Old | None] = iter(())
 
     def tend(self, now: float) -> None:
-        """Go on with a sweep, or begin one when it is time; `now` is monotonic."""
+        """Go on with a sweep, or begin one when it is time; `now` is by clock.steady()."""
         offset, before = _offset(), self._offset
         self._offset = offset
         if abs(offset - before) > _JUMP:
@@ -256,4 +256,4 @@ class Daily:
 
 def _offset() -> float:
     """What differs when the clock was set; sleep of the host does not change it."""
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.time() - clock.steady()
