@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -136,13 +135,14 @@ class Intake:
 
     def _id_for(self, name: str) -> str:
         wanted = spool.wanted_id(name)
-        return wanted if wanted and not self._used(wanted) else spool.new_id()
+        return wanted if wanted and not self._used(wanted, name) else spool.new_id()
 
-    def _used(self, id: str) -> bool:
-        """Whether no task may have this id any more."""
-        kept = self.config.retention.archive
+    def _used(self, id: str, name: str) -> bool:
+        """Whether no task may have the id that this file asks for any more."""
+        # Not by now: it may have waited for long, and was acknowledged when it came.
+        came, kept = spool.delivered(self.dirs.inbox / name), self.config.retention.archive
         taken = self._known(id) or id in self.orphans
-        return taken or retention.forgotten(id, kept, time.time())
+        return taken or (came is not None and retention.forgotten(id, kept, came))
 
     def _known(self, id: str) -> bool:
         return id in self.ledger.book.tasks or place.has_ended(self.dirs, id)
@@ -209,7 +209,7 @@ class Intake:
         if of in self.ledger.book.tasks:
             raise Refusal(f"task {of} has not ended; cancel it first, or wait")
         try:
-            found = place.load_archived(self.dirs, of)
+            found = place.load_ended(self.dirs, of)
         except FileNotFoundError:
             raise Refusal(f"there is no task {of}") from None
         except ValueError as damage:

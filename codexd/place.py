@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +53,33 @@ def begin_attempt(dirs: Directories, id: str, number: int, orders: dict[str, obj
     durable.sync_directory(place.parent)
 
 
-def load_archived(dirs: Directories, id: str) -> dict[str, object]:
+def begin_probe(dirs: Directories, id: str, orders: dict[str, object]) -> None:
+    """The orders of a worker that runs no task; nothing of them where they cannot be written."""
+    (dirs.tasks / id).mkdir(mode=_MODE)
+    try:
+        begin_attempt(dirs, id, 1, orders)
+    except OSError:
+        end_probe(dirs, id)
+        raise
+
+
+def end_probe(dirs: Directories, id: str) -> None:
+    """Remove all that is left of it."""
+    shutil.rmtree(dirs.tasks / id)
+
+
+def is_probe(dirs: Directories, id: str) -> bool:
+    """Whether this is the directory of no task but of such a worker."""
+    try:
+        return durable.read_json(attempt(dirs, id, 1) / "attempt.json").get("probe") is True
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def load_ended(dirs: Directories, id: str) -> dict[str, object]:
     """The task.json of a task that has ended.  Raises OSError, ValueError."""
-    return durable.read_json(archived(dirs, id) / "task.json")
+    home = dirs.tasks / id if is_concluded(dirs, id) else archived(dirs, id)
+    return durable.read_json(home / "task.json")
 
 
 def was_started(dirs: Directories, id: str, number: int) -> bool:
@@ -137,7 +162,12 @@ def status(dirs: Directories, id: str) -> dict[str, object] | None:
 
 def has_ended(dirs: Directories, id: str) -> bool:
     """`known`, or its last word is written and it only has to be moved."""
-    return known(dirs, id) or (dirs.tasks / id / "status.json").exists()
+    return known(dirs, id) or is_concluded(dirs, id)
+
+
+def is_concluded(dirs: Directories, id: str) -> bool:
+    """Whether its last word is written, and it still lies in tasks/."""
+    return (dirs.tasks / id / "status.json").exists()
 
 
 def known(dirs: Directories, id: str) -> bool:

@@ -12,9 +12,9 @@ an ended task then only the attempts go, archive/YYYY-MM/ID/N: by its record a f
 dropped again under its id or key is still known.
 
 Promises: it never finds anything of a task that has not ended, nor the session of
-such a task; nothing that is younger than its time, by the time it was last
-written; nothing whose name is not exactly one that codexd makes; nothing behind a
-symbolic link.  Of Codex's threads it finds those alone that a record names which
+such a task, nor a task that it follows (`after`); nothing that is younger than its time,
+by the time it was last written; nothing whose name is not exactly one that codexd makes;
+nothing behind a symbolic link.  Of Codex's threads it finds those alone that a record names which
 goes, that no session names any more and that nobody has used since.  It takes
 many small steps, so that the daemon can do something else in between.
 
@@ -206,13 +206,20 @@ class Retention:
             id, home = entry.name.removeprefix(GONE), Path(entry.path)
             if not is_id(id) or id in self.live():
                 continue
-            if self._ended(entry, "archive"):
+            old = self._ended(entry, "archive")
+            if not (old or self._ended(entry, "attempts")) or self._is_awaited(id):
+                continue
+            if old:
                 self._going.add(id)
                 threads = frozenset(_threads_ran(home))
                 yield Old("archive", (home,), weight.tree(home), threads)
-            elif self._ended(entry, "attempts") and (left := weight.attempts(entry.path)):
+            elif left := weight.attempts(entry.path):
                 threads = frozenset(_threads_ran(home))
                 yield Old("attempts", tuple(left), sum(map(weight.tree, left)), threads)
+
+    def _is_awaited(self, id: str) -> bool:
+        """Whether a task that has not ended follows it, and asks what it came to."""
+        return any(id in task.after for task in self.live().values())
 
     def _ended(self, entry: os.DirEntry[str], kind: str) -> bool:
         """Whether a task's last word, or else its directory, is so old."""

@@ -76,10 +76,11 @@ def request(file: Path, key: str) -> tuple[Request, Overlap | None]:
     return replace(found, key=key), overlap
 
 
-def waiting(inbox: Path, name: str) -> str | None:
-    """An earlier delivery that nobody took yet."""
+def waiting(dirs: Directories, name: str) -> str | None:
+    """An earlier delivery that is no task yet, whether or not it is just being taken."""
     delivered = re.compile(rf"{re.escape(name)}-{_STAMPED}\.json", re.ASCII)
-    names, _ = spool.scan(inbox)
+    names, taken = spool.scan(dirs.inbox)
+    names += [found for id in taken if (found := spool.taken_name(dirs, id))]
     return next((found for found in names if delivered.fullmatch(found)), None)
 
 
@@ -105,7 +106,7 @@ def deliver(name: str, stamp: str | None, dirs: Directories, service: Service) -
     inbox, this = dirs.inbox, key(name, elapsed(stamp), time.time())
     try:
         asked, overlap = request(dirs.schedules / f"{name}.md", this)
-        if earlier := waiting(inbox, name):
+        if earlier := waiting(dirs, name):
             why = f"{earlier} still lies in the inbox; is codexd running?"
             service.log(Level.WARNING, "schedule.skipped", schedule=name, key=this, why=why)
             return Exit.DONE

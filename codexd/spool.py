@@ -38,6 +38,7 @@ from codexd.take import (
     dropped_name,
     new_id,
     refuse,
+    taken_name,
 )
 from codexd.taskfile import ignored
 
@@ -51,6 +52,7 @@ __all__ = [
     "contents",
     "deliver",
     "deliver_control",
+    "delivered",
     "discard",
     "drop",
     "dropped_name",
@@ -61,6 +63,7 @@ __all__ = [
     "prepare",
     "refuse",
     "scan",
+    "taken_name",
     "wanted_id",
 ]
 
@@ -132,6 +135,14 @@ def deliver_control(inbox: Path, name: str) -> None:
         # (fs.protected_regular): it is there, and says the same.
         if not is_empty_file(inbox / name):
             raise
+
+
+def delivered(path: Path) -> float | None:
+    """When a file came under its name, in epoch seconds; None if it is gone."""
+    try:
+        return path.lstat().st_ctime
+    except FileNotFoundError:
+        return None
 
 
 def is_empty_file(path: Path) -> bool:

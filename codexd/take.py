@@ -52,15 +52,15 @@ def claim(dirs: Directories, names: Sequence[tuple[str, str]]) -> list[str]:
     for id, name in names:
         if id not in chosen and not os.path.lexists(dirs.inbox / (TAKE + id)):
             chosen[id] = name
-    for id, name in chosen.items():
-        place = dirs.tasks / id
-        place.mkdir(mode=_STATE_MODE, exist_ok=True)
-        try:
-            durable.write(place / "name", os.fsencode(name))
-        except OSError:
-            discard(dirs, id)  # on a full disk every round would leave one more
-            raise
-    durable.sync_directory(dirs.tasks)
+    try:
+        for id, name in chosen.items():
+            (dirs.tasks / id).mkdir(mode=_STATE_MODE, exist_ok=True)
+            durable.write(dirs.tasks / id / "name", os.fsencode(name))
+        durable.sync_directory(dirs.tasks)
+    except OSError:
+        for id in chosen:  # on a full disk every round would leave more of them
+            discard(dirs, id)
+        raise
     claimed = []
     for id, name in chosen.items():
         try:
@@ -78,12 +78,19 @@ def dropped_name(dirs: Directories, id: str) -> str:
     Anybody who may drop files can make a `.take-ID`, too: without a record it is
     a file that was dropped as ID.md.
     """
+    found = taken_name(dirs, id)
+    if found is None:
+        (dirs.tasks / id).mkdir(mode=_STATE_MODE, exist_ok=True)
+        durable.write(dirs.tasks / id / "name", f"{id}.md".encode())
+    return found or f"{id}.md"
+
+
+def taken_name(dirs: Directories, id: str) -> str | None:
+    """The same for who only reads; None where there is no record."""
     try:
         return os.fsdecode(durable.read(dirs.tasks / id / "name", 4096))
     except (FileNotFoundError, ValueError):
-        (dirs.tasks / id).mkdir(mode=_STATE_MODE, exist_ok=True)
-        durable.write(dirs.tasks / id / "name", f"{id}.md".encode())
-        return f"{id}.md"
+        return None
 
 
 def contents(dirs: Directories, id: str, limit: int) -> bytes:

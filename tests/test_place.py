@@ -130,11 +130,11 @@ def test_a_concluded_task_is_found_wherever_it_lies(dirs: Directories, task: Pat
         assert not task.exists()
         assert place.archived(dirs, ID) == dirs.archive / "2026-11" / ID
         assert place.status(dirs, ID) == {"state": "done"}
-        assert place.load_archived(dirs, ID)["id"] == ID
+        assert place.load_ended(dirs, ID)["id"] == ID
         assert place.known(dirs, ID)
     assert place.status(dirs, OTHER) is None
     with pytest.raises(FileNotFoundError):
-        place.load_archived(dirs, OTHER)
+        place.load_ended(dirs, OTHER)
 
 
 def test_what_killed_writers_left_does_not_go_into_the_archive(

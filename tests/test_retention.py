@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from tests.box import PYTHON, Box
 from tests.box.host import require
 from tests.daemon import Daemon, until
 from tests.installed import SPOOL, STATE, Installed
+from tests.proof.simulated import Shifted
 from tests.scripted_cases import CaseModel
 
 pytestmark = pytest.mark.xdist_group("retention")
@@ -197,6 +199,22 @@ def test_weight_finds_where_to_begin() -> None:
     assert 0 <= found.before(999, NOW) - (NOW - 10 * DAY) <= 60
     assert 0 <= found.before(450, NOW) - (NOW - 5 * DAY) <= 60
     assert found.before(0, NOW) <= NOW - 3600
+
+
+@pytest.mark.parametrize("text", ["", "retention: {archive: never, size: 1M}\n"])
+def test_what_a_live_task_follows_stays(tmp_path: Path, text: str) -> None:
+    """It asks what that came to once all of them have ended."""
+    state, child = Place(tmp_path, text), ID.format(9)
+    for number in (1, 2):
+        home = state.task(ID.format(number), 99)
+        (home / "1" / "events.jsonl").write_bytes(b"x" * (1 << 20))
+        aged(home / "1" / "events.jsonl", 99)
+    state.live[child] = Task(child, State.WAITING, after=(ID.format(1),))
+    kind, name = ("attempts", "1") if text else ("archive", ID.format(2))
+    assert state.found()[kind] == {name}
+    state.swept()
+    assert (place.archived(state.dirs, ID.format(1)) / "1").exists()
+    assert not (place.archived(state.dirs, ID.format(2)) / "1").exists()
 
 
 def test_nothing_of_a_live_task_goes(state: Place) -> None:
@@ -635,3 +653,16 @@ def test_codex_removes_threads_within_the_unit_of_the_master() -> None:
             "    print(sqlite3.connect(f).execute('select count(*) from thread_items').fetchone())"
         )
         assert box.run(PYTHON, "-c", count).stdout == "(0,)\n"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_submission_that_waited_for_long_is_done(tmp_path: Path) -> None:
+    """It was acknowledged under its id; that no daemon took it in time is not its fault."""
+    id = spool.new_id()
+    later = Shifted(tmp_path)
+    later.set(wall=3 * 3600)
+    hour = IDLE + "retention: {archive: 1h}\n"
+    with Daemon(tmp_path / "d", env=later.environment, config=hour) as served:
+        served.drop(f"{id}.md", "x\n")
+        until(lambda: [t["id"] for t in served.tasks() if t["created"]] == [id], "its task")
+        assert not list(served.dirs.rejected.iterdir())

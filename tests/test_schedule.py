@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from codexd import schedule, taskfile
+from codexd import schedule, spool, taskfile
+from codexd.config import Directories
 from codexd.ledger import Ledger
 from codexd.model import Event, Kind, Resume
 from tests.box import Box
@@ -96,6 +97,17 @@ def test_one_is_enough_to_catch_up(root: Path) -> None:
     (root / "inbox" / f"{key}.json").unlink()
     _, third = run(root, "nightly")
     assert f"{third}.json" in inbox(root)
+
+
+def test_one_that_is_just_being_taken_is_an_earlier_one(root: Path) -> None:
+    (root / "schedules/nightly.md").write_text("---\noverlap: skip\n---\nHello.\n")
+    (root / "tasks").mkdir()
+    _, key = run(root, "nightly", ago=200)
+    assert spool.claim(Directories.below(root), [(spool.new_id(), f"{key}.json")])
+    again, _ = run(root, "nightly")
+    assert again.returncode == 0
+    assert f"{key}.json still lies in the inbox" in again.stderr
+    assert len(inbox(root)) == 1
 
 
 @pytest.mark.parametrize(

@@ -591,6 +591,19 @@ def test_a_claim_that_was_given_up_leaves_nothing(
     assert names(dirs.inbox) == ["a.md"]
 
 
+def test_a_claim_that_the_host_refuses_leaves_nothing(dirs: Directories) -> None:
+    """The last of three: on a full disk every round would leave two more directories."""
+    ids = [f"{ID[:-1]}{n}" for n in range(3)]
+    for id in ids:
+        spool.deliver(dirs.inbox, f"{id}.md", b"body")
+    (dirs.tasks / ids[2]).touch()  # in the way
+    for _ in range(2):
+        with pytest.raises(FileExistsError):
+            spool.claim(dirs, [(id, f"{id}.md") for id in ids])
+    assert names(dirs.tasks) == ids[2:]
+    assert names(dirs.inbox) == [f"{id}.md" for id in ids]
+
+
 def test_two_files_of_one_id_are_both_kept(dirs: Directories) -> None:
     spool.deliver(dirs.inbox, f"{ID}.json", b"json")
     spool.deliver(dirs.inbox, f"{ID}.md", b"md")

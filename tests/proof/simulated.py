@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -75,6 +76,24 @@ class Clock:
             "FAKETIME_NO_CACHE": "1",
             "NO_FAKE_STAT": "1",
         }
+
+
+class Shifted:
+    """A daemon's clocks as wallclock.c shifts them; the kernel's and ours stay as they are."""
+
+    def __init__(self, place: Path) -> None:
+        library, source = place / "wallclock.so", Path(__file__).with_name("wallclock.c")
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+        self._wall, self._slept = place / "wallclock", place / "slept"
+        self.environment = {
+            "LD_PRELOAD": str(library), "WALLCLOCK": str(self._wall), "SLEPT": str(self._slept),
+        }  # fmt: skip
+
+    def set(self, wall: int = 0, slept: int = 0) -> None:
+        """Seconds by which the wall clock was set, and that the host has slept."""
+        for path, seconds in ((self._wall, wall), (self._slept, slept)):
+            path.with_suffix(".new").write_text(str(seconds))
+            path.with_suffix(".new").rename(path)
 
 
 class Simulated(Daemon):

@@ -1,4 +1,5 @@
-/* The wall clock, set by as many seconds as the file $WALLCLOCK says; no other clock.
+/* The wall clock, set by as many seconds as the file $WALLCLOCK says; and as many more,
+   with the clock that runs on in sleep, as $SLEPT says that the host has slept.
 
    cc -shared -fPIC -o wallclock.so wallclock.c; LD_PRELOAD=.../wallclock.so PROGRAM
 
@@ -13,10 +14,10 @@
 #include <time.h>
 #include <unistd.h>
 
-static long set_by(void)
+static long seconds_in(const char *variable)
 {
     char text[32] = "";
-    const char *name = getenv("WALLCLOCK");
+    const char *name = getenv(variable);
     int fd = name ? open(name, O_RDONLY | O_CLOEXEC) : -1;
     if (fd < 0)
         return 0;
@@ -33,7 +34,9 @@ int clock_gettime(clockid_t clock, struct timespec *now)
         real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
     int status = real(clock, now);
     if (clock == CLOCK_REALTIME && status == 0)
-        now->tv_sec += set_by();
+        now->tv_sec += seconds_in("WALLCLOCK");
+    if ((clock == CLOCK_REALTIME || clock == CLOCK_BOOTTIME) && status == 0)
+        now->tv_sec += seconds_in("SLEPT");
     return status;
 }
 
