@@ -22,6 +22,8 @@ from codexd.dispatch import overlap
 from codexd.model import State, Task
 
 _FILE = "beside"
+_LONGEST = 300  # characters of a name in it
+_MOST = 4096  # bytes of it: two names, of up to four bytes a character, and the words
 _LOOK = 1 << 20  # bytes of its events; one that writes does not talk for so long before
 # No text can hold this: within a string of JSON the quotes are escaped.
 _WRITES = re.compile(rb'"type":\s*"(?:command_execution|file_change|mcp_tool_call)"')
@@ -46,9 +48,9 @@ class Beside:
                 self._note(task, other)
                 self._note(other, task)
         try:
-            return durable.read(self.dirs.tasks / task.id / _FILE, 4096).decode("utf-8", "replace")
-        except FileNotFoundError:
-            return ""
+            return durable.read(self.dirs.tasks / task.id / _FILE, _MOST).decode("utf-8", "replace")
+        except (FileNotFoundError, ValueError):
+            return ""  # nothing was noted, or it is damaged: no reason to keep the answer back
 
     def _may_write(self, task: Task) -> bool:
         here = place.attempt(self.dirs, task.id, task.launches)
@@ -64,11 +66,15 @@ class Beside:
         """The first that it met is enough."""
         path = self.dirs.tasks / task.id / _FILE
         if not path.exists():
-            text = f"task {other.id} worked in {other.workdir} at the same time"
-            if other.session:
-                text = text.replace("worked", f"of session {other.session} worked")
+            whose = f" of session {_cut(other.session)}" if other.session else ""
+            text = f"task {other.id}{whose} worked in {_cut(str(other.workdir))} at the same time"
             durable.write(path, f"{text}; both may have changed files there".encode())
             self.told("workdir.shared", task=task.id, session=task.session, with_task=other.id)
+
+
+def _cut(text: str) -> str:
+    """A path may have 4096 bytes, and all of it is said in a message."""
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 def _meet(one: Task, other: Task) -> bool:

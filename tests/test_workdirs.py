@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from codexd.beside import Beside
+from codexd.config import Directories
+from codexd.model import State, Task
 from tests.daemon import Daemon, until
 from tests.scripted_cases import CaseModel
 from tests.test_failures import Seen, front_matter, prepared
@@ -130,3 +133,25 @@ def test_a_task_of_the_same_session_waits_for_its_session(tmp_path: Path, model:
         assert second.now()["reason"] is None
         end(daemon, model, "first")
         assert daemon.answer("second")[1] == "second\n"
+
+
+def test_names_that_are_long_and_notes_that_are_damaged(tmp_path: Path) -> None:
+    """What is said of it is no reason to keep an answer back, and none to die."""
+    dirs = Directories.below(tmp_path)
+    one, other = (f"20261127t130000-{n * 10}" for n in "ab")
+    workdir = "/w/" + "/".join(["d" * 200] * 19)
+    tasks = {
+        id: Task(id, State.RUNNING, session="\u20ac" * 60, workdir=workdir, launches=1)
+        for id in (one, other)
+    }
+    for id in tasks:
+        attempt = dirs.tasks / id / "1"
+        attempt.mkdir(parents=True)
+        (attempt / "attempt.json").write_text('{"sandbox": "workspace-write"}')
+        (attempt / "events.jsonl").write_text('{"item": {"type": "command_execution"}}')
+    look = Beside(dirs, tasks, lambda *_, **__: None).look
+    said = look(tasks[one])
+    assert said.startswith(f"task {other} of session {chr(0x20AC) * 60} worked in /w/ddd")
+    assert said.endswith("… at the same time; both may have changed files there")
+    (dirs.tasks / one / "beside").write_bytes(b"x" * 5000)
+    assert look(tasks[one]) == ""
