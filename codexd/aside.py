@@ -17,12 +17,12 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable
 
 from codexd import clock, codex, durable, lock
 from codexd.gate import Keeper
 from codexd.outcome import Outcome
+from codexd.service import sentence
 
 KEPT = 3
 PAUSE = 3600.0  # seconds
@@ -37,11 +37,13 @@ class Aside:
         self.keeper = keeper
         self.told = told
         self._why: str | None = None  # what Codex said of them
+        self._now = ""  # when it did: the name of their place, also if it is tried again
         self._moved_at = -math.inf
 
     def met(self, outcome: Outcome, message: str) -> None:
         """What an attempt came to: it may be for the databases."""
-        if codex.is_corrupt(outcome, message) and time.monotonic() >= self._moved_at + PAUSE:
+        if codex.is_corrupt(outcome, message) and clock.steady() >= self._moved_at + PAUSE:
+            self._now = self._now if self._why else clock.now()
             self._why = message
 
     def tend(self, idle: bool) -> None:
@@ -54,12 +56,16 @@ class Aside:
         except lock.Locked:
             return  # another daemon's; it has begun soon
         try:
-            place, names = move(home, clock.now())
+            place, names = move(home, self._now)
         finally:
             os.close(started)
-        self.told("codex.databases", why=self._why, moved=" ".join(names), to=place)
-        self._why, self._moved_at = None, time.monotonic()
+        why, self._why, self._moved_at = self._why, None, clock.steady()
+        self.told("codex.databases", why=why, moved=" ".join(names), to=place)
         self.keeper.open(Outcome.HOST.value)
+        try:
+            drop_older(home)
+        except OSError as error:
+            self.told("not.tidied", path=error.filename, why=sentence(error))
 
 
 def move(home: str, now: str) -> tuple[str, list[str]]:
@@ -75,7 +81,12 @@ def move(home: str, now: str) -> tuple[str, list[str]]:
         os.rename(os.path.join(home, name), os.path.join(place, name))
     durable.sync_directory(place)
     durable.sync_directory(home)
+    return place, names
+
+
+def drop_older(home: str) -> None:
+    """Remove all but the last KEPT.  Raises OSError."""
+    ours = os.path.join(home, ".codexd")
     older = sorted(n for n in os.listdir(ours) if n.startswith(_PREFIX))[:-KEPT]
     for name in older:
         shutil.rmtree(os.path.join(ours, name))
-    return place, names

@@ -102,6 +102,7 @@ def test_only_the_last_are_kept(tmp_path: Path) -> None:
         for name in ("state_5.sqlite", "state_5.sqlite-wal", "config.toml", ".sqlite_migration"):
             (home / name).write_text(name)
         place, names = aside.move(str(home), f"2026-11-23T07:0{minute}:00.000Z")
+        aside.drop_older(str(home))
         assert names == ["state_5.sqlite", "state_5.sqlite-wal"]
         assert sorted(os.listdir(place)) == names
     assert [path.name for path in asides(home)] == [
@@ -164,3 +165,20 @@ lock.hold_start(sys.argv[1], 0)
 print(flush=True)
 sys.stdin.read()
 """
+
+
+def test_what_cannot_be_cleaned_up_is_told_and_keeps_nobody(tmp_path: Path) -> None:
+    (tmp_path / ".codexd").mkdir()
+    (tmp_path / ".codexd" / "aside-1").touch()  # no directory
+    for number in (2, 3):
+        (tmp_path / ".codexd" / f"aside-{number}").mkdir()
+    (tmp_path / "state_5.sqlite").write_text("damaged")
+    gate = Gate(tmp_path)
+    told: list[str] = []
+    mend = aside.Aside(gate, lambda event, **_: told.append(event))  # type: ignore[arg-type]
+    mend.met(Outcome.HOST, WORDS)
+    for _ in range(2):
+        mend.tend(idle=True)
+    assert gate.opened == ["host"]
+    assert told == ["codex.databases", "not.tidied"]
+    assert len(asides(tmp_path)) == 4
