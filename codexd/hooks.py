@@ -30,6 +30,7 @@ from codexd.delivery import Occasion, Owed
 from codexd.errands import Children, Instances, Runs
 from codexd.ledger import Ledger
 from codexd.model import Event, Note
+from codexd.service import sentence
 
 AT_ONCE = 4  # runs of one occasion's hook
 LIMIT = 60.0  # seconds for a command
@@ -48,7 +49,7 @@ class _Hook:
     """How one occasion's hook has been doing."""
 
     failures: int = 0  # in a row
-    rest: float = 0.0  # monotonic time of the next run
+    rest: float = 0.0  # when it may be run again, by clock.steady()
     why: str = ""
 
 
@@ -66,10 +67,10 @@ class Hooks:
         self.runs: Runs = Instances(self.dirs.systemwide) if units else Children()
         self._as_of = config
         self._hooks = {occasion: _Hook() for occasion in Occasion}
-        self._running: dict[str, float] = {}  # key -> since when
-        self._rest: dict[str, float] = {}  # key -> monotonic time of its next try
+        self._running: dict[str, float] = {}  # key -> since when, in monotonic seconds
+        self._rest: dict[str, float] = {}  # key -> when it is tried again, by clock.steady()
         ledger.owing = self.owing
-        self._resume(time.monotonic())
+        self._resume()
 
     def owing(self, events: list[Event], gate: Collection[str]) -> list[Event]:
         """What of these events somebody is to be told."""
@@ -79,18 +80,27 @@ class Hooks:
     def owed(self) -> dict[str, Owed]:
         return self.ledger.book.owed
 
-    def _resume(self, now: float) -> None:
-        """Go on where the daemon before has stopped."""
+    def _resume(self) -> None:
+        """Go on where the daemon before has stopped.  What cannot be read or removed is told:
+        it keeps no daemon from starting."""
         for one in self.owed.values():
             if one.until:
-                left = clock.epoch(one.until) - time.time()
-                self._rest[one.key] = now + min(max(left, 0.0), self.config.retry.cap)
-            if errands.result(self._place(one), one.key):
-                self._running[one.key] = now
+                self._rest[one.key] = clock.steady() + clock.left(one.until, self.config.retry.cap)
+            try:
+                if errands.result(self._place(one), one.key):
+                    self._running[one.key] = time.monotonic()
+            except OSError as error:
+                self._untidy(one.id, error)
         # What has no result yet is done again.  Where its unit goes on, that is started in
         # vain, and its result is taken.
         for id in set(errands.found(self.dirs.hooks)) - {one.id for one in self.owed.values()}:
-            errands.end(self.dirs.hooks / id)
+            try:
+                errands.end(self.dirs.hooks / id)
+            except OSError as error:
+                self._untidy(id, error)
+
+    def _untidy(self, id: str, error: OSError) -> None:
+        self.warn("not.tidied", path=self.dirs.hooks / id, why=sentence(error))
 
     # --- the round --------------------------------------------------------------
 
@@ -109,7 +119,7 @@ class Hooks:
         for key, since in list(self._running.items()):
             one = self.owed[key]
             lost = self.runs.lost(one.id)  # asked first: it may end between the two questions
-            if lost is None and now - since >= SILENCE:
+            if lost is None and time.monotonic() - since >= SILENCE:
                 lost = f"nothing was heard of it for {SILENCE:g} s"
             found = errands.result(self._place(one), key)
             if found or lost:
@@ -126,8 +136,8 @@ class Hooks:
             self.told("hook.told", task=one.id, hook=one.key, tries=one.tries + 1)
         else:
             self._failed(one, problem, output, now)
-        errands.end(self._place(one))
         del self._running[one.key]
+        errands.end(self._place(one))
 
     def _failed(self, one: Owed, problem: str, output: str, now: float) -> None:
         said = output.strip().rpartition("\n")[2]
@@ -177,7 +187,7 @@ class Hooks:
             command = self.config.on[one.occasion]
             errands.begin(self._place(one), one.key, command, env, LIMIT, told)
             self.runs.start(one.id, self._place(one))
-            self._running[one.key] = now
+            self._running[one.key] = time.monotonic()
 
     def _room(self, occasion: Occasion, now: float) -> int:
         """How many runs of its hook may begin."""
@@ -206,7 +216,7 @@ class Hooks:
             return math.inf
         waits = [hook.rest - now for hook in self._hooks.values() if hook.rest > now]
         waits += [at - now for at in self._rest.values() if at > now]
-        return max(0.05, min([self.runs.pause(now), SILENCE, *waits]))
+        return max(0.05, min([self.runs.pause(time.monotonic()), SILENCE, *waits]))
 
     def stop(self) -> None:
         """End what would not outlive the daemon; the next one tells it again."""

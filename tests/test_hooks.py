@@ -26,6 +26,7 @@ from tests.box.host import require
 from tests.daemon import Daemon, until
 from tests.installed import FAKE as FAKE_THERE
 from tests.installed import SPOOL, STATE, Installed
+from tests.test_bad_input import Mortal
 
 FAKE = Path(__file__).resolve().parent / "bin/codex"
 AT = "2026-11-23T07:20:11.123Z"
@@ -442,6 +443,38 @@ def test_one_event_that_is_never_taken_holds_up_no_other(told: Told) -> None:
         )
         tried = Counter(one.split()[0] for one in told.lines("tried"))
         assert tried[f"{bad}.done"] >= 1
+
+
+def test_what_cannot_be_removed_stops_neither_the_daemon_nor_its_next_start(
+    tmp_path: Path,
+) -> None:
+    """The hook makes itself a directory, beside its event, that nobody may look into."""
+    program = tmp_path / "hook"
+    program.write_text(STUBBORN)
+    program.chmod(0o755)
+    daemon = Mortal(tmp_path / "root")
+    with open(daemon.root / "codexd.yaml", "a") as more:
+        more.write(f"on:\n  done: {program} {daemon.dirs.hooks}\n")
+    with daemon:
+        for name in ("a", "b"):
+            daemon.drop(f"{name}.md", "x")
+            daemon.answer(name)
+            until(lambda n=name: daemon.log.read_text().count("hook.told") > "ab".index(n), "told")
+        assert daemon.stop() == 0
+        (daemon.dirs.hooks / C).write_text("no directory at all")
+        daemon.start()
+        assert daemon.log.read_text().count("not.tidied") == 3
+        daemon.drop("c.md", "x")
+        daemon.answer("c")
+        until(lambda: daemon.log.read_text().count("hook.told") == 3, "told")
+    for path in daemon.dirs.hooks.glob("*/shut"):
+        path.chmod(0o700)
+
+
+STUBBORN = """\
+#!/bin/sh
+cd "$1/${CODEXD_EVENT_ID%%.*}" && mkdir shut && touch shut/x && chmod 0 shut
+"""
 
 
 def test_a_hook_that_is_no_longer_wanted_is_owed_nothing(told: Told) -> None:
