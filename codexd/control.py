@@ -143,9 +143,11 @@ class Controls:
 
     def _reset(self, name: str, record: Record) -> bool:
         known = self.finish.session(name)
-        if known.created is None:
+        live = [t for t in self.ledger.book.tasks.values() if t.session_name == name]
+        if known.created is None and not live:
             return False
         now = clock.now()
         record([Event(now, Note.RESET, facts={"session": name, "thread": known.thread})])
-        session.save(self.dirs.sessions, session.forget(known, now))
+        runs = next((f"{t.id}/{t.launches}" for t in live if t.state is State.RUNNING), None)
+        session.save(self.dirs.sessions, session.forget(known, now, runs))
         return True

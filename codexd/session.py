@@ -31,7 +31,8 @@ class Session:
     """One conversation.  `reported` is what Codex last said of the whole thread.
 
     `forgotten` is the thread of the last reset: a turn that still runs in it then
-    does not bring it back when it ends.
+    does not bring it back when it ends.  Nor does the attempt `outrun`, which was running
+    then in a thread that nobody knew yet.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Session:
     used: Mapping[str, int] = field(default_factory=dict)  # by the applied attempt
     reported: Mapping[str, int] = field(default_factory=dict)
     forgotten: str | None = None
+    outrun: str | None = None
 
 
 def stem(name: str) -> str:
@@ -99,6 +101,7 @@ def _checked(name: str, data: Mapping[str, object]) -> Session:
         name, text("thread"), text("created"), text("updated"), number("tasks"),
         text("applied"), number("transcript"),
         totals("usage"), totals("used"), totals("reported"), text("forgotten"),
+        text("outrun"),
     )  # fmt: skip
 
 
@@ -114,10 +117,13 @@ def set_aside(directory: Path, name: str) -> Path:
     return target
 
 
-def forget(session: Session, now: str) -> Session:
-    """The session with its thread forgotten: the next task begins a new one."""
-    gone = session.thread or session.forgotten
-    return replace(session, thread=None, forgotten=gone, updated=now)
+def forget(session: Session, now: str, runs: str | None = None) -> Session:
+    """The session with its thread forgotten: the next task begins a new one.
+
+    `runs` is the attempt (ID/N) that is just running in it.
+    """
+    gone, created = session.thread or session.forgotten, session.created or now
+    return replace(session, thread=None, forgotten=gone, outrun=runs, created=created, updated=now)
 
 
 def add(
@@ -135,11 +141,13 @@ def add(
     before = session.reported if same else {}
     if any(reported[k] < before.get(k, 0) for k in reported):
         before = {}
+    forgotten = thread if thread and attempt == session.outrun else session.forgotten
     used = {k: reported[k] - before.get(k, 0) for k in USAGE_KEYS if k in reported}
     usage = {k: session.usage.get(k, 0) + used.get(k, 0) for k in USAGE_KEYS}
     return replace(
         session,
-        thread=thread if thread and thread != session.forgotten else session.thread,
+        thread=thread if thread and thread != forgotten else session.thread,
+        forgotten=forgotten,
         created=session.created or now,
         updated=now,
         applied=attempt,

@@ -211,7 +211,7 @@ class View:
         if found.created is None and not live:
             return None
         told = asdict(found)
-        for private in ("applied", "transcript", "reported", "used", "forgotten"):
+        for private in ("applied", "transcript", "reported", "used", "forgotten", "outrun"):
             del told[private]
         transcript = self.dirs.transcripts / f"{session.stem(name)}.jsonl"
         return {**told, "live": live, "transcript": str(transcript) if found.created else None}

@@ -454,6 +454,26 @@ def test_a_thread_that_somebody_else_writes_is_waited_for(daemon: Daemon) -> Non
     thread = begin(daemon, "busy", "[[say mine]]")
     lock.hold_thread(str(daemon.dirs.codex_home), thread, 1.0)
     daemon.drop("busy-2.md", "---\nsession: busy\n---\n[[say free]]")
+def test_a_reset_in_the_middle_of_a_first_turn(daemon: Daemon, model: CaseModel) -> None:
+    """It is no matter that nobody knows the thread yet, nor even the session."""
+    threads = []
+    for number in (1, 2):
+        name = f"reset-{number}"
+        daemon.drop(f"{name}.md", f"---\nsession: reset\n---\n[[hold {name}]][[say {number}]]")
+        model.wait_held(name)
+        assert daemon.run("session", "reset", "reset").returncode == 0
+        control = daemon.dirs.inbox / "reset.reset"
+        until(lambda gone=control: not gone.exists(), "the reset, obeyed")
+        assert not (daemon.dirs.rejected / "reset.reset").exists()
+        model.release(name)
+        threads.append(daemon.answer(name)[0]["thread"])
+        assert daemon.json("session", "show", "reset")["thread"] is None
+    daemon.drop("reset-3.md", "---\nsession: reset\n---\n[[say 3]]")
+    threads.append(daemon.answer("reset-3")[0]["thread"])
+    assert len(set(threads)) == 3
+    assert daemon.json("session", "show", "reset")["thread"] == threads[2]
+
+
     task = Seen(daemon, "busy-2.md")
     waiting = task.until("waiting", "thread-busy")
     assert waiting["message"] == f"thread {thread} is written by another process"

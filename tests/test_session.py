@@ -198,3 +198,15 @@ def test_a_turn_that_outlives_a_reset_does_not_undo_it() -> None:
     assert after.used["input_tokens"] == 20
     begun = session.add(after, "x/3", "U", tokens(5), LATER)
     assert (begun.thread, begun.used["input_tokens"]) == ("U", 5)
+
+
+def test_an_attempt_that_outlives_a_reset_does_not_bring_its_thread() -> None:
+    """Not even where nobody knew the thread at the time, and not by its next attempt."""
+    for known in (Session("web"), session.add(Session("web"), "x/1", "T", tokens(9), AT)):
+        after = session.forget(known, LATER, "y/1")
+        assert after.created
+        first = session.add(after, "y/1", "U", tokens(100), LATER)
+        again = session.add(first, "y/2", "U", tokens(130), LATER)
+        assert (after.thread, first.thread, again.thread) == (None, None, None)
+        assert again.used["input_tokens"] == 30
+        assert session.add(again, "z/1", "V", tokens(5), LATER).thread == "V"
