@@ -61,7 +61,6 @@ class Attempts:
         self.record = record
         self.refused = refused
         self.error = error
-        self.concluded: set[str] = set()  # to be moved to the archive
         self.wake_at: dict[str, float] = {}
         self.aside = Aside(keeper, error)
         self.beside = Beside(self.dirs, ledger.book.tasks, warn)
@@ -85,8 +84,6 @@ class Attempts:
         self.record([f.event for f in finished])
         for one in finished:
             self._after(one, now)
-        running = [t for t in self.ledger.book.tasks.values() if t.state is State.RUNNING]
-        self.launcher.tidy({t.id for t in running})
 
     def _judged(self, task: Task) -> Finished | None:
         """What its attempt came to; None while that cannot be said, or not be written."""
@@ -120,15 +117,13 @@ class Attempts:
         if one.ran and not (one.close and one.outcome is Outcome.HOST):
             self.keeper.open(Outcome.HOST.value)
         self.aside.met(one.outcome, one.message)
-        if one.event.id not in self.ledger.book.tasks:
-            self.concluded.add(one.event.id)
-        elif one.delay:
+        if one.delay:
             self.wake_at[one.event.id] = now + one.delay
 
     def awake(self, now: float) -> None:
         """Tasks whose pause is over, or that waited for what has come, go to the queue."""
         # Not `now`: until here the round may have taken long, and delays would be shorter.
-        self.concluded |= self.waits.tend(time.monotonic())
+        self.waits.tend(clock.steady())
         events = []
         tasks = self.ledger.book.tasks
         for id in [i for i in self.wake_at if i not in tasks or not tasks[i].until]:
@@ -160,7 +155,6 @@ class Attempts:
         self.record(events)
         self.launcher.start([e.id for e in events if e.id in begun], self.orders.limits)
         self.orders.limits.clear()
-        self.concluded |= {e.id for e in events if e.kind is not Kind.RUNNING}
 
     def _look_at_probes(self) -> None:
         """The model has answered one: the others need not wait until its turn has ended."""

@@ -7,7 +7,7 @@ rejected with its reason, like any other file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from codexd import clock, controlfile, place, session, spool, taskfile
 from codexd.config import Config
@@ -16,7 +16,7 @@ from codexd.finish import Finish
 from codexd.gate import BY_HAND, DRAIN, HOLD, Keeper
 from codexd.launcher import Launcher
 from codexd.ledger import Ledger
-from codexd.model import Event, Kind, Note, State, Task, apply, is_id
+from codexd.model import Event, Kind, Note, State, Task, is_id
 from codexd.outcome import Outcome
 
 Record = Callable[[list[Event]], None]
@@ -102,8 +102,6 @@ class Controls:
         finally:  # also with a full disk, which this very task may be filling
             if verb == "cancel" and task.state is State.RUNNING:
                 self.launcher.stop([target])
-        if target not in self.ledger.book.tasks:
-            place.archive(self.dirs, target)
         return True
 
     def _all(self, verb: str) -> None:
@@ -126,7 +124,7 @@ class Controls:
             before = f"; its last attempt said: {task.message}" if task.message else ""
             text = "cancelled on request" + before
             facts = {"outcome": Outcome.CANCELLED.value, "message": text}
-            return [self.end(task, Kind.CANCELLED, facts)]
+            return [self.finish.end(task, Kind.CANCELLED, facts)]
         if verb == "hold" and task.state in (State.QUEUED, State.WAITING) and task.reason != "hold":
             return [Event(now, Kind.WAITING, task.id, {"reason": "hold"})]
         if verb == "release" and task.state is State.WAITING:
@@ -134,12 +132,6 @@ class Controls:
                 return [Event(now, Kind.WAITING, task.id, wait(task))]
             return [Event(now, Kind.QUEUED, task.id, {"freed": True} if task.bound else {})]
         return []
-
-    def end(self, task: Task, kind: Kind, facts: Mapping[str, object]) -> Event:
-        """End a task that is not running: its answer, then the event that says so."""
-        event = Event(clock.now(), kind, task.id, facts)
-        self.finish.conclude(apply(task, event), None)
-        return event
 
     def _reset(self, name: str, record: Record) -> bool:
         known = self.finish.session(name)

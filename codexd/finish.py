@@ -37,8 +37,10 @@ class Finished:
     message: str
     close: bool
     ran: bool
+    turned: bool
     delay: float
     profile: str | None  # the task's own
+    at: float | None  # when the attempt ended, in epoch seconds, if it says so
 
 
 class Finish:
@@ -52,6 +54,8 @@ class Finish:
         self.dirs = config.dirs
         self.evidence = Evidence(config)
         self.told = told  # the master's log
+        # Tasks with their last word, to be moved to the archive once the ledger has it.
+        self.concluded: set[str] = set()
 
     # --- the step ---------------------------------------------------------------
 
@@ -61,36 +65,19 @@ class Finish:
         ended: Ended | None = None,
         refused: str | None = None,
         beside: str = "",
+        outage: bool = False,
     ) -> Finished:
         """Write down what the attempt came to; the event that says so.
 
         `refused` is why the host did not start the worker: a reason to hold all tasks.
-        `beside` is what has to be said of a task that is done.
+        `beside` is what has to be said of a task that is done; `outage`: others of its
+        credential fail for the same reasons.
         Raises OSError when the host refuses; then nothing was said, and the
         same is done again later.
         """
-        found = _told(task, self.evidence.result(task, ended), beside)
-        step = policy.after(
-            found.outcome,
-            turned=found.turned,
-            attempts=task.attempts,
-            limit=task.limit,
-            interruptions=task.interruptions,
-            base=self.config.retry.base,
-            cap=self.config.retry.cap,
-            chance=(crc32(f"{task.id}/{task.launches}".encode()) % 1000) / 1000,
-        )
-        damaged = codex.is_corrupt(found.outcome, found.message)
-        if found.gate or damaged or (refused and not found.began):
-            found = replace(found, outcome=Outcome.HOST, message=refused or found.message)
-            step = policy.Step(Kind.QUEUED, counted=False, close=True)
-        if step.close and task.launches >= MEETINGS:
-            step = replace(step, kind=Kind.FAILED, counted=True)
-        if step.kind is Kind.QUEUED and not found.began and task.interruptions:
-            # The host cannot start it again and again: it may be short of something.
-            retry = self.config.retry
-            delay = policy.backoff(task.interruptions, retry.base, retry.cap, 1.0)
-            step = replace(step, kind=Kind.WAITING, delay=delay)
+        left = _unfit(self.evidence.result(task, ended), refused)
+        found = _told(task, left, beside)
+        step = self._step(task, found, outage)
         used = self._remember(task, found, step) if found.ran else {}
         if found.ran:
             attempt = f"{task.id}/{task.launches}"
@@ -98,8 +85,44 @@ class Finish:
         event = self._event(task, found, step, used)
         if apply(task, event).state.ended:
             self.conclude(apply(task, event), found.answer)
-        told = found.outcome, found.message, step.close, found.ran, step.delay
-        return Finished(event, *told, task.profile)
+        # A task that is cancelled may have met what holds the others all the same.
+        met, close = (left, True) if left.gate else (found, step.close)
+        return Finished(
+            event, met.outcome, met.message, close, found.ran, found.turned,
+            step.delay, task.profile, self._ended_at(task) if close else None,
+        )  # fmt: skip
+
+    def _step(self, task: Task, found: Result, outage: bool) -> policy.Step:
+        """What follows."""
+        retry = self.config.retry
+        step = policy.after(
+            found.outcome,
+            turned=found.turned,
+            attempts=task.attempts,
+            limit=task.limit,
+            interruptions=task.interruptions,
+            base=retry.base,
+            cap=retry.cap,
+            chance=(crc32(f"{task.id}/{task.launches}".encode()) % 1000) / 1000,
+            outage=outage,
+        )
+        if found.gate and found.outcome is Outcome.HOST:
+            step = policy.Step(Kind.QUEUED, counted=False, close=True)
+        if step.close and task.launches >= MEETINGS:
+            step = replace(step, kind=Kind.FAILED, counted=True)
+        if step.kind is Kind.QUEUED and not found.began and task.interruptions:
+            # The host cannot start it again and again: it may be short of something.
+            delay = policy.backoff(task.interruptions, retry.base, retry.cap, 1.0)
+            step = replace(step, kind=Kind.WAITING, delay=delay)
+        return step
+
+    def _ended_at(self, task: Task) -> float | None:
+        """When the attempt's result was written; None if there is none."""
+        try:
+            told = place.result(self.dirs, task.id, task.launches)
+            return clock.epoch(str(told["ended"])) if told else None
+        except (ValueError, KeyError):
+            return None
 
     def _event(
         self, task: Task, found: Result, step: policy.Step, used: Mapping[str, int]
@@ -193,6 +216,22 @@ class Finish:
         )
         file = str(self.dirs.answers / name)
         place.conclude(self.dirs, task.id, to_json(task, short, file))
+        self.concluded.add(task.id)
+
+    def end(self, task: Task, kind: Kind, facts: Mapping[str, object]) -> Event:
+        """End a task that is not running: its answer, then the event that says so."""
+        event = Event(clock.now(), kind, task.id, facts)
+        self.conclude(apply(task, event), None)
+        return event
+
+    def archive(self, live: Mapping[str, Task], refused: Callable[..., None]) -> None:
+        """Move those away whose end the ledger has; what the host refuses is told."""
+        for id in sorted(self.concluded - live.keys()):
+            try:
+                place.archive(self.dirs, id)
+                self.concluded.discard(id)
+            except OSError as error:
+                refused(error, task=id)
 
     def retold(self, task: Task) -> list[Event]:
         """The end of a live task that lies in the archive already: the ledger's line
@@ -214,6 +253,14 @@ class Finish:
             events.append(Event(now, Kind.RUNNING, task.id))
         facts = {"outcome": outcome.value, "message": told.get("message")}
         return [*events, Event(now, kind, task.id, facts)]
+
+
+def _unfit(found: Result, refused: str | None) -> Result:
+    """The evidence, with `gate` and the outcome `host` where no other task could run either."""
+    damaged = codex.is_corrupt(found.outcome, found.message)
+    if not (found.gate or damaged or (refused and not found.began)):
+        return found
+    return replace(found, gate=True, outcome=Outcome.HOST, message=refused or found.message)
 
 
 def _told(task: Task, found: Result, beside: str) -> Result:

@@ -186,12 +186,10 @@ class Master:
     def tend(self, now: float) -> None:
         """What ended goes to the archive, and what is old; a checkpoint, so that the
         next start is short."""
-        for id in sorted(self.attempts.concluded):
-            try:
-                place.archive(self.dirs, id)
-                self.attempts.concluded.discard(id)
-            except OSError as error:
-                self.refused(error, task=id)
+        tasks = self.ledger.book.tasks
+        self.finish.archive(tasks, self.refused)
+        running = {t.id for t in tasks.values() if t.state is State.RUNNING}
+        self.launcher.tidy(running | self.probe.running)
         if self.ledger.unmarked >= _CHECKPOINT and now >= self._next_checkpoint:
             self._next_checkpoint = now + 10.0
             try:

@@ -15,7 +15,7 @@ from codexd import clock, codex, place, prompt, session, transcript
 from codexd.config import Config
 from codexd.finish import Finish
 from codexd.gate import Keeper
-from codexd.model import Event, Kind, Request, Resume, Task, apply
+from codexd.model import Event, Kind, Request, Resume, Task
 from codexd.outcome import Outcome
 
 
@@ -32,6 +32,9 @@ class Orders:
 
     def order(self, task: Task) -> Event:
         """The attempt's orders, written; the event that announces it."""
+        if task.cancel:  # it went back to the queue, as older versions let it
+            told = {"outcome": Outcome.CANCELLED.value, "message": "cancelled on request"}
+            return self.finish.end(task, Kind.CANCELLED, told)
         try:
             record = place.load(self.dirs, task.id)
             request = Request.from_json(_mapping(record["request"]))
@@ -58,10 +61,7 @@ class Orders:
         return Event(clock.now(), Kind.RUNNING, task.id, facts)
 
     def _cannot(self, task: Task, why: str, outcome: Outcome = Outcome.CONFIG) -> Event:
-        facts = {"outcome": outcome.value, "message": why}
-        event = Event(clock.now(), Kind.FAILED, task.id, facts)
-        self.finish.conclude(apply(task, event), None)
-        return event
+        return self.finish.end(task, Kind.FAILED, {"outcome": outcome.value, "message": why})
 
     def _left(self, task: Task) -> int | None:
         """Tokens that the task may still use; None for as many as it likes."""

@@ -6,6 +6,7 @@ the jitter, so that judging the same attempt again gives the same step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -50,6 +51,14 @@ TABLE: dict[Outcome, Then] = {
 }
 
 
+# Ended by one of these, an attempt may have met an outage of the service or the network.
+OUTAGE = frozenset({Outcome.TRANSIENT, Outcome.RATE})
+IN_A_ROW, OF_TASKS = 4, 3  # so many such attempts, of so many tasks, are one
+# What an attempt comes to only after the model has answered.
+ANSWERED = frozenset(
+    {Outcome.DONE, Outcome.NO_ANSWER, Outcome.VERIFY, Outcome.BUDGET, Outcome.CONTEXT_FULL}
+)
+
 # Said before a turn began, these tell nothing of the task: Codex raced another start
 # for its databases, or somebody else was in the thread.
 PREMATURE = frozenset({Outcome.TRANSIENT, Outcome.THREAD_BUSY})
@@ -81,18 +90,19 @@ def after(
     base: float,
     cap: float,
     chance: float,
+    outage: bool = False,
 ) -> Step:
     """The step after an attempt that came to `outcome`.
 
     `turned`: a turn had begun; `attempts` counts this one; `limit` is the most there
-    may be.
+    may be; `outage`: others of its credential fail like it.
     """
     then = TABLE[outcome]
     if outcome is Outcome.DONE:
         return Step(Kind.DONE)
     if outcome is Outcome.CANCELLED:
         return Step(Kind.CANCELLED)
-    if then is Then.GATE:
+    if then is Then.GATE or (outage and may_be_outage(outcome, turned)):
         return Step(Kind.QUEUED, counted=False, close=True)
     if then is Then.RESTART and interruptions < INTERRUPTIONS:
         return Step(Kind.QUEUED, counted=False)
@@ -107,6 +117,20 @@ def after(
     if then is Then.RETRY and attempts < limit:
         return Step(Kind.WAITING, delay=backoff(attempts, base, cap, chance))
     return Step(Kind.FAILED)
+
+
+def may_be_outage(outcome: Outcome, turned: bool) -> bool:
+    """Whether an attempt says that the service may be out."""
+    return turned and outcome in OUTAGE
+
+
+def is_outage(failed: Iterable[tuple[str, int]]) -> bool:
+    """Whether it is: these attempts (ID, N) of one credential failed in a row.
+
+    Of one task alone, or of two, it may as well be what they ask for.
+    """
+    attempts = set(failed)
+    return len(attempts) >= IN_A_ROW and len({id for id, _ in attempts}) >= OF_TASKS
 
 
 def backoff(attempts: int, base: float, cap: float, chance: float) -> float:

@@ -30,8 +30,15 @@ class Probe:
         self._tried: tuple[object, ...] = ()
         self._id: str | None = None
 
+    @property
+    def running(self) -> set[str]:
+        """The id of the worker that tries, while what it left is still to be looked at."""
+        return {self._id} if self._id else set()
+
     def tend(self, now: float) -> None:
         """Begin a try where one is due; look at one that was begun.  Raises OSError."""
+        if Outcome.HOST.value not in self.keeper.closed:
+            self.problem = None  # a task found out that it works again
         if self._id:
             self._look(self._id)
         elif self.launcher.survives and self.keeper.binary and self._wanted() != self._tried:
@@ -42,13 +49,10 @@ class Probe:
         return (*self.keeper.seen, self.config.codex.sandbox)
 
     def _begin(self) -> None:
-        self._tried = self._wanted()
-        sandbox = self.config.codex.sandbox
+        tried, sandbox = self._wanted(), self.config.codex.sandbox
         if sandbox is Sandbox.DANGER:
-            self.problem = None
+            self.problem, self._tried = None, tried
             return
-        id = spool.new_id()
-        (self.dirs.tasks / id).mkdir(mode=0o750)
         orders: dict[str, object] = {
             "probe": True,
             "bin": self.keeper.binary,
@@ -56,27 +60,30 @@ class Probe:
             "env": self.keeper.env_keys,
             "sandbox": self.keeper.sandbox(None, sandbox),
         }
-        place.begin_attempt(self.dirs, id, 1, {"attempt": 1, **orders})
-        self._id = id
+        id = spool.new_id()
+        place.begin_probe(self.dirs, id, {"attempt": 1, **orders})
+        self._id, self._tried = id, tried
         self.launcher.start([id], {})
 
     def _look(self, id: str) -> None:
         if id in self.launcher.active():
             return
-        self._id = None
-        refused, ended = self.launcher.refusal(id), self.launcher.ended(id)
         try:
             found = place.result(self.dirs, id, 1) or {}
         except ValueError as damage:
             found = {"outcome": "host", "message": f"its result is damaged: {damage}"}
+        refused, ended = self.launcher.refusal(id), self.launcher.ended(id)
+        self._id = None
         self.problem = None if found.get("outcome") == "done" else str(
             found.get("message")
             or refused
             or (ended and exits.outcome(ended, exits.boot())[1])
             or "the worker that tries the sandbox was not started"
         )  # fmt: skip
-        spool.discard(self.dirs, id)
-        if self.problem:
-            self.keeper.met(Outcome.HOST, self.problem)
-        else:
-            self.keeper.open(Outcome.HOST.value)
+        try:
+            if self.problem:
+                self.keeper.met(Outcome.HOST, self.problem)
+            else:
+                self.keeper.open(Outcome.HOST.value)
+        finally:
+            place.end_probe(self.dirs, id)

@@ -1,8 +1,8 @@
 """Directories of tasks/ that belong to no live task: what a crash left behind.
 
 Part of the master, once at its start.  What had ended is moved to the archive,
-what was never accepted is removed, what nobody can explain is left as it is and
-told.  One that cannot be dealt with harms only itself.
+what was never accepted is removed, as is what tried the sandbox, what nobody can
+explain is left as it is and told.  One that cannot be dealt with harms only itself.
 """
 
 from __future__ import annotations
@@ -37,5 +37,7 @@ def _one(dirs: Directories, id: str, warn: Callable[..., None]) -> None:
     elif (dirs.tasks / id / "task.json").exists():
         why = "the ledger's line of it is lost; left as it is: drop it again if it is wanted"
         warn("task.unknown", task=id, why=why)
+    elif place.is_probe(dirs, id):
+        place.end_probe(dirs, id)
     else:
         spool.discard(dirs, id)

@@ -24,7 +24,7 @@ from codexd import clock
 from codexd.dispatch import NOT_BEFORE, wait
 from codexd.finish import Finish
 from codexd.ledger import Ledger
-from codexd.model import Event, Kind, State, Task, apply
+from codexd.model import Event, Kind, State, Task
 from codexd.outcome import Outcome
 from codexd.parents import Parents
 
@@ -51,7 +51,7 @@ class Waits:
         self._seen: set[str] = set()
         self._children: dict[str, list[str]] = {}  # of tasks that have not ended
         self._held: set[str] = set()
-        self._timed: dict[str, float | None] = {}  # monotonic seconds; None: by the clock
+        self._timed: dict[str, float | None] = {}  # by clock.steady(); None: by the wall's
         self._due: dict[str, None] = {}  # to be looked at
         self._wake = math.inf
 
@@ -59,8 +59,8 @@ class Waits:
         """Seconds until there is something to do, should nothing else happen."""
         return 0.0 if self._due else self._wake - now
 
-    def tend(self, now: float) -> set[str]:
-        """Let tasks wait, free them, or end them; the ids of those that have ended."""
+    def tend(self, now: float) -> None:
+        """Let tasks wait, free them, or end them."""
         self._meet(now)
         self._look(now)
         events: list[Event] = []
@@ -78,7 +78,6 @@ class Waits:
         self.record(events)
         for id in done:
             del self._due[id]
-        return {e.id for e in events if e.kind is Kind.FAILED}
 
     # --- whom something has changed for -------------------------------------------
 
@@ -159,9 +158,7 @@ class Waits:
             "outcome": Outcome.DEPENDENCY.value,
             "message": f"it follows task {name}, which is {came}{why}",
         }
-        event = Event(clock.now(), Kind.FAILED, task.id, facts)
-        self.finish.conclude(apply(task, event), None)
-        return event
+        return self.finish.end(task, Kind.FAILED, facts)
 
 
 def _event(at: str, kind: Kind, task: Task) -> Event:
@@ -169,11 +166,10 @@ def _event(at: str, kind: Kind, task: Task) -> Event:
 
 
 def _ends(task: Task, now: float) -> float | None:
-    """When a delay is over, in monotonic seconds; None for a time."""
+    """When a delay is over, by clock.steady(); None for a time."""
     if task.delay is None or task.not_before is None:
         return None
-    left = clock.epoch(task.not_before) - time.time()
-    return now + min(max(left, 0.0), task.delay)
+    return now + clock.left(task.not_before, task.delay)
 
 
 def _has_come(task: Task, at: float | None, now: float, clock_now: str) -> bool:

@@ -17,7 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from codexd import spool
 from codexd.config import Directories
+from codexd.ledger import Ledger
+from codexd.model import Event, Kind, Request
 from codexd.view import View
 
 T = TypeVar("T")
@@ -77,6 +80,31 @@ class Daemon:
         assert self.child.stdout is not None
         self.ready = self.child.stdout.readline().strip()
         assert self.ready.startswith("ready "), self.log.read_text()[-4000:]
+
+    def left(
+        self, id: str, *events: tuple[Kind, dict[str, object]], at: str, **result: object
+    ) -> None:
+        """What a daemon before has left of a task: its record, lines of the ledger, and of
+        its first attempt a result, if one is given."""
+        spool.prepare(self.dirs)
+        home = self.dirs.tasks / id
+        home.mkdir()
+        record = {"id": id, "file": f"{id}.md", "created": at, "request": Request("x").to_json()}
+        (home / "task.json").write_text(json.dumps(record))
+        if result:
+            (home / "1").mkdir()
+            (home / "1" / "started").touch()
+            (home / "1" / "result.json").write_text(json.dumps(result))
+        facts = {"file": f"{id}.md", "limit": 3, "workdir": str(self.dirs.work)}
+        ledger = Ledger(self.dirs.ledger, self.dirs.checkpoint)
+        first, *more = events or [(Kind.QUEUED, {})]
+        ledger.append(
+            [
+                Event(at, first[0], id, {**facts, **first[1]}),
+                *(Event(at, k, id, f) for k, f in more),
+            ]
+        )
+        ledger.close()
 
     def stop(self) -> int:
         """SIGTERM, as the manual describes the orderly end; the exit status."""

@@ -919,6 +919,25 @@ def test_answers_that_may_not_be_written_for_a_while(tmp_path: Path) -> None:
     assert len((tmp_path / "effects").read_text().splitlines()) == 1  # it was not run again
 
 
+def test_an_archive_that_cannot_be_used_for_a_while(tmp_path: Path) -> None:
+    """What was cancelled has ended all the same: it can be tried again, and is moved later."""
+    with Mortal(tmp_path / "root") as daemon:
+        daemon.run("hold")
+        daemon.drop(f"{USED}.md", "x")
+        until(lambda: daemon.view.task(USED), "a task")
+        month = daemon.dirs.archive / "2099-01"
+        month.mkdir(mode=0o555)
+        assert daemon.run("task", "cancel", USED).returncode == 0
+        until(lambda: daemon.health().get("trouble"), "trouble")
+        assert (daemon.view.task(USED) or {})["state"] == "cancelled"
+        assert daemon.run("task", "retry", USED).returncode == 0
+        until(lambda: [t for t in daemon.tasks() if t["retry_of"] == USED], "the retry")
+        month.chmod(0o750)
+        until(lambda: (month / USED / "status.json").exists(), "it is moved")
+        assert not (daemon.dirs.tasks / USED).exists()
+        until(lambda: daemon.health()["status"] == "hold", "the end of trouble")
+
+
 class mounted:
     """A mount on an existing directory, for a while."""
 

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from codexd.model import Kind
 from codexd.outcome import Outcome
-from codexd.policy import INTERRUPTIONS, TABLE, Step, after, backoff, probe_after
+from codexd.policy import (
+    INTERRUPTIONS,
+    OUTAGE,
+    TABLE,
+    Step,
+    after,
+    backoff,
+    is_outage,
+    probe_after,
+)  # fmt: skip
 
 DONE, FAILED = Step(Kind.DONE), Step(Kind.FAILED)
 AGAIN = Step(Kind.WAITING, delay=10.0)
@@ -51,6 +60,7 @@ def step(
     interruptions: int = 0,
     limit: int = 3,
     turned: bool = True,
+    outage: bool = False,
 ) -> Step:
     return after(
         outcome,
@@ -61,6 +71,7 @@ def step(
         base=10.0,
         cap=600.0,
         chance=1.0,
+        outage=outage,
     )
 
 
@@ -84,6 +95,24 @@ def test_before_a_turn_nothing_is_held_against_the_task(outcome: Outcome) -> Non
     assert step(outcome, turned=False) == first
     assert replace(step(outcome, attempts=3, turned=False), delay=last.delay) == last
     assert step(outcome, interruptions=INTERRUPTIONS, turned=False) == worn
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_in_an_outage_its_own_outcomes_alone_close_the_gate(outcome: Outcome) -> None:
+    for attempts in (1, 3):
+        expected = GATE if outcome in OUTAGE else step(outcome, attempts)
+        assert step(outcome, attempts, outage=True) == expected
+    before = step(outcome, turned=False)
+    assert step(outcome, turned=False, outage=True) == before, "no turn, no word of the service"
+
+
+@pytest.mark.parametrize(
+    ("failed", "outage"),
+    [("", 0), ("a1 b1 c1", 0), ("a1 a2 a3 a4", 0), ("a1 b1 a2 b2 a3 b3", 0),
+     ("a1 b1 c1 a2", 1), ("a1 b1 c1 d1", 1), ("a1 b1 c1 c1", 0)],
+)  # fmt: skip
+def test_an_outage_is_of_several_attempts_of_several_tasks(failed: str, outage: int) -> None:
+    assert is_outage((one[0], int(one[1])) for one in failed.split()) == bool(outage)
 
 
 def test_what_is_not_counted_waits_ever_longer_too() -> None:

@@ -493,3 +493,27 @@ def test_damage_of_every_kind_harms_only_what_it_touches(
     assert daemon.stop() == 0
     daemon.start()
     assert daemon.run("status").returncode == 0
+
+
+# --- cancelled, and yet in the queue ----------------------------------------------------------
+
+BROKEN: dict[str, object] = {"outcome": "host", "message": "no sandbox here", "gate": True}
+CANCEL = (Kind.STOPPING, {"cancel": True})
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_cancelled_task_stays_cancelled(daemon: Daemon, again: bool) -> None:
+    """What it met on its way holds the others; an older version let it into the queue again."""
+    daemon.kill()
+    id, at = "20261123t072011-cancelled0", "2026-11-23T07:20:11.123Z"
+    runs: tuple[Kind, dict[str, object]] = (Kind.RUNNING, {"launches": 1, "attempts": 1})
+    events = [(Kind.QUEUED, {}), runs, CANCEL, *([(Kind.QUEUED, {})] if again else [])]
+    daemon.left(id, *events, at=at, ended=at, **BROKEN)  # type: ignore[arg-type]
+    daemon.start()
+    until(lambda: daemon.json("task", "show", id)["outcome"], "its end")
+    told = daemon.json("task", "show", id)
+    assert (told["state"], told["message"]) == ("cancelled", "cancelled on request")
+    assert sum("**running**" in line for line in daemon.events()) == 1
+    closed = [line for line in daemon.events() if "**closed**" in line]
+    assert len(closed) == (0 if again else 1)
+    assert all("no sandbox here" in line for line in closed)

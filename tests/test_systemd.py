@@ -189,6 +189,7 @@ def test_nothing_runs_without_a_sandbox(codexd: Installed) -> None:
     closed = until(lambda: health()["sandbox"], "it is noticed before there is any task")
     assert "No permissions to create" in str(closed), closed
     assert health()["status"] == "host"
+    assert not codexd.box.run("ls", f"{STATE}/tasks").stdout, "the try has left nothing"
     before = len(codexd.asked())
     codexd.drop("[[say now it works]]", "unsafe.md")
     until(lambda: (codexd.task("unsafe") or {}).get("state") == "queued", "it was tried")
@@ -197,7 +198,7 @@ def test_nothing_runs_without_a_sandbox(codexd: Installed) -> None:
     ended = codexd.ended("unsafe")
     assert ended["attempts"] == 1, codexd.story()
     assert codexd.answer("unsafe")[1] == "now it works\n"
-    assert health()["status"] == "ok"
+    assert (health()["status"], health()["sandbox"]) == ("ok", None)
     codexd.configure(codexd.config)
     codexd.box.run("systemctl", "restart", "codexd")
 
