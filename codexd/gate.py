@@ -31,7 +31,8 @@ from codexd.spend import Spend, midnight, whole
 HOLD, DRAIN, CODEX, DISK = "hold", "drain", "codex", "disk"
 BY_HAND = (HOLD, DRAIN)
 BUDGET = Outcome.BUDGET.value
-PROBED = frozenset({Outcome.QUOTA.value, Outcome.AUTH.value, Outcome.HOST.value})
+PROBED = KEYED | {Outcome.HOST.value}
+_SHOWN = 16  # reasons that the heartbeat tells
 _LOOK = 10.0  # seconds between looks for a missing Codex
 
 
@@ -192,11 +193,17 @@ class Keeper:
         elif BUDGET in self.closed:
             self.open(BUDGET)
 
-    def today(self) -> dict[str, object] | None:
-        """What was used today when it was looked at last, and how much may be."""
-        day = self.spend.day
-        limit = self.config.limits.day_tokens
-        return {"day": day.day, **whole(day.total), "limit": limit} if day else None
+    def summary(self) -> dict[str, object]:
+        """For the heartbeat: why nothing starts, and what was used when it was looked at last."""
+        # Those of single profiles come last: there may be as many as anybody likes.
+        closed, day = self.closed, self.spend.day
+        shown = sorted(closed, key=lambda reason: ":" in reason)[:_SHOWN]
+        used = {"day": day.day, **whole(day.total)} if day else None
+        return {
+            "gate": {reason: closed[reason] for reason in shown},
+            "gate_more": len(closed) - len(shown),
+            "today": used and {**used, "limit": self.config.limits.day_tokens},
+        }
 
     def _look_for_codex(self, now: float) -> None:
         try:

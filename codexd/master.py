@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from codexd import __version__, clock, heartbeat, launcher, lock, place, spool
+from codexd import __version__, clock, heartbeat, launcher, lock, spool
 from codexd.attempts import Attempts
 from codexd.config import Config, ConfigError
 from codexd.control import Controls
@@ -76,8 +76,9 @@ class Master:
         self.probe = Probe(config, self.launcher, self.keeper)
         log = (self.note, self.warn, self.error)
         self.hooks = Hooks(config, self.ledger, self.launcher.survives, *log)
-        rooms = (self, self.keeper, self.intake, self.finish, self.attempts, self.attempts.orders)
-        self.reload = Reload(service, read, config, (*rooms, self.daily, self.probe, self.hooks))
+        rooms = (self, self.keeper, self.intake, self.finish, self.finish.evidence, self.attempts)
+        more = (self.attempts.orders, self.daily, self.probe, self.hooks)
+        self.reload = Reload(service, read, config, (*rooms, *more))
         self.trouble: str | None = None  # what the host refused in the last round
         self._told: set[str] = set()  # and what was logged of it
         self.seen = 0  # files in the inbox at the last look
@@ -129,9 +130,9 @@ class Master:
 
     def step(self) -> float:
         """One round; the seconds until the next."""
-        now = time.monotonic()
         if self.service.stopping:
-            return self._stop(now)
+            return self._stop(time.monotonic())
+        now = clock.steady()
         if self.service.reloading and self.reload():
             self.keeper.look_again()
         self.trouble = None
@@ -221,9 +222,8 @@ class Master:
             "full": self.intake.full,
             "trouble": self.trouble,
             "damaged": len(self.ledger.book.damaged),
-            "gate": self.keeper.closed,
+            **self.keeper.summary(),
             "workdir_sharing": self.config.workdir_sharing,
-            "today": self.keeper.today(),
             "hooks": self.hooks.summary(),
         }
 
@@ -242,12 +242,9 @@ class Master:
         if self.intake.more:
             return 0.0
         scan = 0.1 if self.settled.pending(now) else SCAN
-        scan = min(
-            scan, self.daily.pause(now), self.hooks.pause(now), self.attempts.waits.pause(now)
-        )
-        return min(
-            [scan, self.launcher.pause(now), *(at - now for at in self.attempts.wake_at.values())]
-        )
+        rooms = (self.daily, self.hooks, self.attempts.waits)
+        due = [*(room.pause(now) for room in rooms), self.launcher.pause(time.monotonic())]
+        return min([scan, *due, *(at - now for at in self.attempts.wake_at.values())])
 
     def _stop(self, now: float) -> float:
         """Interrupt the turns that would not survive us, collect them, leave; called until done."""
@@ -264,7 +261,7 @@ class Master:
         if active and now < self.stop_at + PATIENCE:
             return 0.1
         try:
-            self.attempts.collect(now)
+            self.attempts.collect(clock.steady())
             self.record([Event(clock.now(), Note.STOPPED)])
             self.ledger.checkpoint()
         except OSError as error:
@@ -275,6 +272,7 @@ class Master:
 def _one_line(told: dict[str, object]) -> str:
     gate = told["gate"]
     closed = f"; closed: {', '.join(gate)}" if isinstance(gate, dict) and gate else ""
+    closed += f" and {told['gate_more']} more" if told["gate_more"] else ""
     return f"{told['running']} running, {told['queued']} queued, {told['waiting']} waiting{closed}"
 
 

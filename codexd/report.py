@@ -211,7 +211,8 @@ def why(health: Json) -> str:
     """The reasons for which work does not go on."""
     gate = health.get("gate")
     if isinstance(gate, dict) and gate and health["status"] != "down":
-        return clean("; ".join(_reason(k, v) for k, v in gate.items()))
+        more = f"; and {health['gate_more']} more" if health.get("gate_more") else ""
+        return clean("; ".join(_reason(k, v) for k, v in gate.items()) + more)
     return clean(health.get("message") or health.get("trouble") or health["status"])
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from codexd import config
+from codexd import config, spool
 from codexd.config import Config, ConfigError, Directories, Launcher, find, load
 from codexd.delivery import Occasion
 from codexd.document import parse_yaml
+from codexd.master import Master
 from codexd.model import Sandbox
+from codexd.service import Service
 
 EXAMPLE = Path(__file__).parent.parent / "config" / "codexd.yaml"
 
@@ -444,3 +446,24 @@ def test_an_ordinary_user_has_xdg_paths() -> None:
         entry.pw_uid for entry in pwd.getpwall() if entry.pw_uid and entry.pw_name != "codexd"
     )
     assert find(None, None, {"HOME": "/h"}, uid) == Directories.user({"HOME": "/h"})
+
+
+# --- read again ---------------------------------------------------------------------------
+
+
+def test_every_room_goes_by_what_was_read_again(tmp_path: Path) -> None:
+    dirs = Directories.below(tmp_path)
+    spool.prepare(dirs)
+    dirs.config_file.write_text("http:\n  listen: off\n")
+    first = config.load(dirs, explicit=False)
+    master = Master(first, Service("test"), lambda: config.load(dirs, explicit=False), True)
+    dirs.config_file.write_text("http:\n  listen: off\ncodex:\n  home: /elsewhere\n")
+    assert master.reload()
+    rooms = [master]
+    for room in rooms:
+        ours = [v for v in vars(room).values() if type(v).__module__.startswith("codexd.")]
+        rooms += [v for v in ours if hasattr(v, "__dict__") and v not in rooms]
+    found = {type(room).__name__: room.config for room in rooms if hasattr(room, "config")}
+    assert {"Master", "Finish", "Evidence", "Keeper", "Orders", "Hooks"} <= found.keys()
+    assert [name for name, used in found.items() if used is first] == []
+    master.ledger.close()

@@ -249,7 +249,7 @@ def test_the_gate_is_closed_until_midnight(tmp_path: Path, zone: Callable[[str],
     assert abs(clock.epoch(str(facts["until"])) - now - 8) <= 1
     assert "110 tokens" in str(facts["message"])
     assert "limits.day_tokens" in str(facts["message"])
-    assert keeper.today() == {
+    assert keeper.summary()["today"] == {
         "day": spend.today(now), **spend.whole({**USED, "attempts": 1}), "limit": 110,
     }  # fmt: skip
     size = loaded.dirs.ledger.stat().st_size
