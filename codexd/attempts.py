@@ -10,7 +10,6 @@ May fail: what the host refuses is told, and done again in the next round.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from codexd import clock, dispatch, place
@@ -25,12 +24,9 @@ from codexd.ledger import Ledger
 from codexd.model import Event, Kind, State, Task
 from codexd.orders import Orders
 from codexd.outcome import Outcome
+from codexd.policy import ANSWERED
 from codexd.waits import Waits
 
-# What an attempt comes to only after the model has answered.
-ANSWERED = frozenset(
-    {Outcome.DONE, Outcome.NO_ANSWER, Outcome.VERIFY, Outcome.BUDGET, Outcome.CONTEXT_FULL}
-)
 Record = Callable[[list[Event]], None]
 
 
@@ -94,7 +90,10 @@ class Attempts:
             ended = self.launcher.ended(task.id)
             if ended is None and self._is_ending(task):
                 return None  # its exit record will say who stopped it
-            return self.finish.judge(task, ended, beside=self.beside.look(task))
+            out, beside = self.keeper.is_out(task), self.beside.look(task)
+            found = self.finish.judge(task, ended, beside=beside, outage=out)
+            self.keeper.heard(task, found.outcome, found.turned)
+            return found
         except OSError as error:
             self.refused(error, task=task.id, session=task.session)
             return None
@@ -110,7 +109,7 @@ class Attempts:
     def _after(self, one: Finished, now: float) -> None:
         probed = self.probing.pop(one.event.id, frozenset())
         if one.close:
-            self.keeper.met(one.outcome, one.message, one.profile)
+            self.keeper.met(one.outcome, one.message, one.profile, one.at)
         elif one.outcome in ANSWERED:
             # Not whoever else is done: it may have asked the model before it was spent.
             self.keeper.passed(probed)
@@ -131,8 +130,7 @@ class Attempts:
         for task in tasks.values():
             if task.state is State.WAITING and task.until and task.reason != NOT_BEFORE:
                 if task.id not in self.wake_at:  # we were started meanwhile
-                    left = clock.epoch(task.until) - time.time()
-                    self.wake_at[task.id] = now + min(max(left, 0.0), self.config.retry.cap)
+                    self.wake_at[task.id] = now + clock.left(task.until, self.config.retry.cap)
                 if now >= self.wake_at[task.id]:
                     del self.wake_at[task.id]
                     events.append(Event(clock.now(), Kind.QUEUED, task.id))
@@ -145,7 +143,7 @@ class Attempts:
         active = self.launcher.active()
         self.aside.tend(idle=not active)
         self._look_at_probes()
-        gate = self.keeper.gate(now)
+        gate = self.keeper.gate(now, frozenset().union(*self.probing.values()))
         apart = not self.config.workdir_sharing
         tasks = self.ledger.book.tasks.values()
         chosen = dispatch.ready(tasks, gate, self.config.workers, active, apart)

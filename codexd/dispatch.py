@@ -17,7 +17,7 @@ from codexd.model import State, Task
 
 AFTER, NOT_BEFORE = "after", "not_before"  # reasons to wait that a task's file gives
 # Reasons that hold only those who use the credential that met them.
-KEYED = frozenset({"quota", "auth"})
+KEYED = frozenset({"quota", "auth", "transient", "rate"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,12 @@ class Gate:
 
     One of KEYED holds the tasks with the configured `profile`, or, as in `quota:work`,
     those with the one it names; any other holds all.  Those in `probes` let one task
-    through, to find out.
+    through, to find out, unless one in `trying` is just doing so.
     """
 
     closed: Mapping[str, Mapping[str, object]]
     probes: frozenset[str] = frozenset()
+    trying: frozenset[str] = frozenset()
     profile: str | None = None
 
     def held(self, task: Task) -> frozenset[str]:
@@ -71,8 +72,7 @@ def ready(
         return []
     queued = [t for t in first.values() if _may_start(t) and t.id not in active]
     if gate.closed:
-        unknown = len(working) < taken  # a worker of nobody may be of anybody
-        queued = _let(queued, working, gate, unknown)
+        queued = _let(queued, gate)
     else:
         queued.sort(key=_before)
     if apart:
@@ -84,16 +84,17 @@ def _before(task: Task) -> int:
     return -task.priority  # sorting is stable: then ledger order
 
 
-def _let(queued: list[Task], working: list[Task], gate: Gate, unknown: bool) -> list[Task]:
+def _let(queued: list[Task], gate: Gate) -> list[Task]:
     """Those that nothing holds, after one for each reason that may be tried."""
     # Ten thousand may be held: each profile is looked at once.
     by_profile = {profile: gate.holding(profile) for profile in {t.profile for t in queued}}
-    tried = {reason for task in working for reason in gate.held(task)}
+    # Whoever else runs began before the gate closed, and finds out nothing.
+    tried = set(gate.trying)
     probes = []
     # The task that met the reason may be the reason: let another find out.
     for task in sorted(queued, key=lambda task: (task.launches, -task.priority)):
         reasons = by_profile[task.profile]
-        if reasons and not unknown and reasons <= gate.probes and not reasons & tried:
+        if reasons and reasons <= gate.probes and not reasons & tried:
             probes.append(task)
             tried |= reasons
     return probes + sorted((t for t in queued if not by_profile[t.profile]), key=_before)

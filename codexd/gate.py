@@ -2,11 +2,14 @@
 
 Part of the master.  A spent quota, a failed login, a missing Codex, a full disk,
 `drain` and `hold` are not states of ten thousand tasks; each closes the gate once, by
-one ledger event with its reason.  Quota and login are those of a credential, which is
-the CODEX_HOME and the profile: a task with another profile goes on.  What codexd can
-see for itself (Codex, disk, the day's tokens) opens it again by looking; what only the
-service knows (quota, login) is found out by letting one task through, at a known time
-or after growing pauses.
+one ledger event with its reason.  Quota, login and an outage of the service are those of a
+credential, which is the CODEX_HOME and the profile: a task with another profile goes
+on.  What codexd can see for itself (Codex, disk, the day's tokens) opens it again by
+looking; what only the service knows is found out by letting one task through, at a
+known time or after growing pauses.
+
+That the service is out, one attempt does not tell, but several in a row of several
+tasks do (`policy.is_outage`).  They are counted in memory: from a start on, anew.
 
 The ledger may be the very thing that cannot be written (a full disk): then the
 reason stands in memory alone, and is told in the heartbeat and the log.
@@ -24,7 +27,7 @@ from codexd import canary, clock, codex, policy, profile, spool
 from codexd.config import Config
 from codexd.dispatch import KEYED, Gate
 from codexd.ledger import Ledger, LedgerFull
-from codexd.model import Event, Note, Sandbox
+from codexd.model import Event, Note, Sandbox, Task
 from codexd.outcome import Outcome
 from codexd.spend import Spend, midnight, whole
 
@@ -60,6 +63,8 @@ class Keeper:
         self._unwritten: dict[str, Mapping[str, object]] = {}
         self._probe_at: dict[str, float] = {}
         self._tries: dict[str, int] = {}
+        # By credential: attempts that failed since the model has answered one.
+        self._failed: dict[str | None, dict[tuple[str, int], None]] = {}
         self._seen: tuple[object, ...] = ()
         self._login: tuple[object, ...] = ()
         self._unfit: str | None = None
@@ -74,10 +79,13 @@ class Keeper:
         """Whether a hold would outlive us: its line is in the ledger, or there is none."""
         return reason not in self._unwritten
 
-    def gate(self, now: float) -> Gate:
-        """What dispatch has to know; `now` is monotonic seconds."""
+    def gate(self, now: float, trying: frozenset[str] = frozenset()) -> Gate:
+        """What dispatch has to know; `now` is by clock.steady().
+
+        `trying` are the reasons that tasks which were let through are finding out about.
+        """
         due = {r for r in self.closed if _is_probed(r) and now >= self._probe_at.get(r, 0.0)}
-        return Gate(self.closed, frozenset(due), self.config.codex.profile)
+        return Gate(self.closed, frozenset(due), trying, self.config.codex.profile)
 
     # --- closing and opening --------------------------------------------------
 
@@ -102,6 +110,9 @@ class Keeper:
     def open(self, reason: str) -> None:
         self._probe_at.pop(reason, None)
         self._tries.pop(reason, None)
+        name, _, profile = reason.partition(":")
+        if name in policy.OUTAGE:
+            self._failed.pop(profile or self.config.codex.profile, None)
         was = self._unwritten.pop(reason, None)
         if reason in self.ledger.book.gate:
             self.ledger.append([Event(clock.now(), Note.OPENED, facts={"reason": reason})])
@@ -109,27 +120,52 @@ class Keeper:
             return
         self.told("gate.opened", reason=reason)
 
-    def met(self, outcome: Outcome, message: str, profile: str | None = None) -> None:
-        """A task, with that profile of its own, met a reason to hold the others."""
-        reason = outcome.value
-        if reason in KEYED and profile not in (None, self.config.codex.profile):
-            reason = f"{reason}:{profile}"
-        until = codex.retry_at(message, time.time()) if outcome is Outcome.QUOTA else None
+    def met(
+        self, outcome: Outcome, message: str, profile: str | None = None, at: float | None = None
+    ) -> None:
+        """A task, with that profile of its own, met a reason to hold the others.
+
+        `at`, in epoch seconds, is when; it may have been long before we were started.
+        """
+        reason, now = self._reason(outcome, profile), time.time()
+        until = codex.retry_at(message, at or now) if outcome is Outcome.QUOTA else None
         if until is None and reason in self.closed and self._is_put_off(reason):
             return  # met at the same time by another that was running
         tries = self._tries.get(reason, 0)
         self._tries[reason] = tries + 1
         retry = self.config.retry
         pause = policy.probe_after(tries)
-        if outcome is Outcome.HOST:  # whoever mends the host need not wait for long
+        if outcome not in (Outcome.QUOTA, Outcome.AUTH):  # it is over as soon as it is mended
             pause = policy.backoff(tries + 1, retry.base, retry.cap, 1.0)
         if until is not None:
-            pause = max(1.0, until - time.time())
-        self._probe_at[reason] = time.monotonic() + pause
+            until = max(until, now)
+            pause = max(1.0, until - now)
+        self._probe_at[reason] = clock.steady() + pause
         self.close(reason, message, until)
 
+    def _reason(self, outcome: Outcome, profile: str | None) -> str:
+        """What the gate is closed for, by a task with that profile of its own."""
+        if outcome.value in KEYED and profile not in (None, self.config.codex.profile):
+            return f"{outcome.value}:{profile}"
+        return outcome.value
+
     def _is_put_off(self, reason: str) -> bool:
-        return self._probe_at.get(reason, 0.0) > time.monotonic()
+        return self._probe_at.get(reason, 0.0) > clock.steady()
+
+    def is_out(self, task: Task) -> bool:
+        """Whether one more failure, of this attempt, is not for its task to answer."""
+        if any(self._reason(outcome, task.profile) in self.closed for outcome in policy.OUTAGE):
+            return True
+        failed = self._failed.get(task.profile or self.config.codex.profile, {})
+        return policy.is_outage([*failed, (task.id, task.launches)])
+
+    def heard(self, task: Task, outcome: Outcome, turned: bool) -> None:
+        """What an attempt came to; said again after a crash it counts once."""
+        credential = task.profile or self.config.codex.profile
+        if outcome in policy.ANSWERED:
+            self._failed.pop(credential, None)
+        elif policy.may_be_outage(outcome, turned):
+            self._failed.setdefault(credential, {})[task.id, task.launches] = None
 
     def passed(self, reasons: Iterable[str]) -> None:
         """A task that was let through to try them reached the model: they are over."""
@@ -165,6 +201,7 @@ class Keeper:
         self._look_at_login()
         self._look_at_profile()
         self._look_at_budget(time.time())
+        self._look_at_users()
 
     def _write_down(self) -> None:
         """Say in the ledger what it had no room for."""
@@ -219,7 +256,7 @@ class Keeper:
                 self.binary = binary
                 self.told("codex.found", bin=binary, version=self.version)
         except (codex.Missing, OSError) as problem:
-            self._ask_at = time.monotonic() + _LOOK  # from now: to ask may have taken long
+            self._ask_at = clock.steady() + _LOOK  # from now: to ask may have taken long
             self.binary = self.version = ""
             self.close(CODEX, str(problem))
         else:
@@ -243,6 +280,14 @@ class Keeper:
             self._unfit = str(problem)
             return asked.value
         return profile.name(asked)
+
+    def _look_at_users(self) -> None:
+        """Where nobody waits to find out, the next who comes does."""
+        keyed = {r for r in self.closed if r.partition(":")[0] in KEYED}
+        if keyed:
+            used = {task.profile for task in self.ledger.book.tasks.values()}
+            for reason in keyed.difference(*map(self.gate(0.0).holding, used)):
+                self.open(reason)
 
     def _look_at_profile(self) -> None:
         """What the workers found out: whether secrets are hidden from commands."""

@@ -59,21 +59,27 @@ def test_ready(
 
 
 @pytest.mark.parametrize(
-    ("closed", "probes", "running", "width"),
+    ("closed", "probes", "trying", "running", "width"),
     [
-        ([], [], 0, 4),
-        ([], [], 3, 1),
-        ([], [], 9, 0),
-        (["hold"], [], 0, 0),
-        (["quota"], [], 0, 0),
-        (["quota"], ["quota"], 0, 1),
-        (["quota"], ["quota"], 1, 0),
-        (["quota", "hold"], ["quota"], 0, 0),
-        (["quota", "auth"], ["quota", "auth", "more"], 0, 1),
+        ([], [], [], 0, 4),
+        ([], [], [], 3, 1),
+        ([], [], [], 9, 0),
+        (["hold"], [], [], 0, 0),
+        (["quota"], [], [], 0, 0),
+        (["quota"], ["quota"], [], 0, 1),
+        (["quota"], ["quota"], ["quota"], 1, 0),
+        # What runs may have begun before: it finds out nothing.
+        (["quota"], ["quota"], [], 1, 1),
+        (["host"], ["host"], [], 3, 1),
+        (["quota", "hold"], ["quota"], [], 0, 0),
+        (["quota", "auth"], ["quota", "auth", "more"], [], 0, 1),
+        (["quota", "auth"], ["quota", "auth", "more"], ["auth"], 1, 0),
     ],
 )
-def test_the_gate(closed: list[str], probes: list[str], running: int, width: int) -> None:
-    gate = Gate({r: {} for r in closed}, frozenset(probes))
+def test_the_gate(
+    closed: list[str], probes: list[str], trying: list[str], running: int, width: int
+) -> None:
+    gate = Gate({r: {} for r in closed}, frozenset(probes), frozenset(trying))
     rows = [(f"r{n}", R, "", 5) for n in range(running)] + [(f"q{n}", Q, "", 5) for n in range(9)]
     assert len(ready(tasks(*rows), gate, 4, set())) == width
 
@@ -99,13 +105,11 @@ def test_one_probe_for_each_credential() -> None:
     assert [t.id for t in ready(queue, gate, 9, set())] == ["a", "c", "e"]
     assert [t.id for t in ready(queue, gate, 1, set())] == ["a"]
     queue[0] = replace(queue[0], state=R)
-    assert [t.id for t in ready(queue, gate, 9, set())] == ["c", "e"]
-    # A worker that no live task explains may use any credential.
-    assert [t.id for t in ready(queue, gate, 9, {"z"})] == ["e"]
+    trying = replace(gate, trying=frozenset({"quota"}))
+    assert [t.id for t in ready(queue, trying, 9, set())] == ["c", "e"]
     host = Gate({"host": {}, "quota": {}}, frozenset({"host", "quota"}))
-    assert not ready(queue, host, 9, set())
-    queue[0] = replace(queue[0], state=W)
     assert [t.id for t in ready(queue, host, 9, set())] == ["b"]
+    assert not ready(queue, replace(host, trying=frozenset({"host"})), 9, set())
 
 
 @pytest.mark.parametrize(

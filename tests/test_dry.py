@@ -7,15 +7,17 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
 import pytest
 
+from codexd import clock
 from codexd.config import Directories, load
 from codexd.gate import Keeper
 from codexd.ledger import Ledger
-from codexd.model import Event, Kind, Request
+from codexd.model import Event, Kind, Note, Request, Task
 from codexd.outcome import Outcome
 from codexd.replies import Answer, Turn
 from codexd.spend import Spend
@@ -114,6 +116,127 @@ def test_who_was_running_does_not_open_the_gate(tmp_path: Path) -> None:
         assert daemon.answer("spent")[1] == "spent\n"
 
 
+def test_a_long_turn_does_not_keep_a_mended_gate_shut(tmp_path: Path) -> None:
+    """It began before, and finds out nothing; another is let through."""
+    with CaseModel() as model, prepared(tmp_path / "root", model, CONFIG) as daemon:
+        daemon.drop("long.md", "[[hold long]][[say long]]")
+        model.wait_held("long")
+        daemon.drop("spent.md", "[[first 1 quota 7200]][[say spent]]")
+        Seen(daemon, "spent.md").until("queued", "quota")
+        daemon.run("release")
+        daemon.drop("more.md", "[[say more]]")
+        assert daemon.answer("more")[1] == "more\n"
+        assert daemon.answer("spent")[1] == "spent\n"
+        assert health(daemon)["status"] == "ok"
+        model.release("long")
+        assert daemon.answer("long")[1] == "long\n"
+
+
+def test_the_gate_of_a_credential_that_nobody_uses_opens(tmp_path: Path) -> None:
+    with CaseModel() as model, prepared(tmp_path / "root", model, CONFIG) as daemon:
+        (daemon.dirs.codex_home / "old.config.toml").write_text("")
+        daemon.drop("old.md", "---\nprofile: old\n---\n[[quota 7200]]")
+        old = Seen(daemon, "old.md")
+        old.until("queued", "quota")
+        assert health(daemon)["status"] == "quota:old"
+        daemon.run("task", "cancel", old.id)
+        until(lambda: health(daemon)["status"] == "ok", "all is well")
+        assert len(notes(daemon, "opened")) == 1
+
+
+@pytest.mark.parametrize("hours", [1, 8])
+def test_a_quota_that_was_met_while_nobody_looked(tmp_path: Path, hours: int) -> None:
+    """The time that Codex printed is one of the hours after it, not of those to come."""
+    ended = time.time() - 10 * 3600
+    clock_face = time.strftime("%I:%M %p", time.localtime(ended + hours * 3600)).lstrip("0")
+    daemon = Daemon(tmp_path / "root", config=f"codex:\n  bin: {FAKE}\n{CONFIG}")
+    daemon.left(
+        "20261123t072011-0000000000", (Kind.QUEUED, {}), (Kind.RUNNING, {"launches": 1}),
+        at=clock.stamp(ended), outcome="quota", exit_status=1, turn_started=True,
+        message=f"You've hit your usage limit. Try again at {clock_face}.",
+        ended=clock.stamp(ended),
+    )  # fmt: skip
+    with daemon:
+        until(lambda: daemon.tasks()[0]["state"] == "done", "the end of its task")
+        assert len(notes(daemon, "closed")) == 1
+
+
+# --- an outage of the service -------------------------------------------------------------
+
+OUT = CONFIG + "retry:\n  base: 1s\n  cap: 1s\n"
+
+
+def behave(daemon: Daemon, **settings: object) -> None:
+    aside = daemon.dirs.codex_home / "fake.new"
+    aside.write_text(json.dumps(settings))
+    aside.rename(daemon.dirs.codex_home / "fake.json")
+
+
+@pytest.mark.parametrize(("sample", "reason"), [("overloaded", "transient"), ("e429", "rate")])
+def test_an_outage_costs_no_task(tmp_path: Path, sample: str, reason: str) -> None:
+    daemon = Daemon(tmp_path / "root", config=f"codex:\n  bin: {FAKE}\n{OUT}")
+    behave(daemon, mode=f"replay:{sample}")
+    with daemon:
+        for number in range(8):
+            daemon.drop(f"t{number}.md", f"task {number}")
+        until(lambda: reason in health(daemon).get("gate", {}), "the gate closed")
+        told = daemon.run("status")
+        assert told.returncode == 69
+        assert told.stdout.startswith(f"codexd: {reason}: ")
+        before = len(notes(daemon, "running"))
+        until(lambda: len(notes(daemon, "running")) >= before + 2, "some find out", 60)
+        daemon.kill()
+        daemon.start()  # the reason is in the ledger, and what is tried is not counted
+        before = len(notes(daemon, "running"))
+        until(lambda: len(notes(daemon, "running")) >= before + 2, "some find out again", 60)
+        assert reason in health(daemon)["gate"]
+        assert not notes(daemon, "failed")
+        assert all(task["attempts"] <= 2 for task in daemon.tasks())
+        behave(daemon, mode="answer", answer="fine")
+        for number in range(8):
+            front, text = daemon.answer(f"t{number}", 60)
+            assert (front["state"], text) == ("done", "fine\n")
+        until(lambda: health(daemon)["status"] == "ok", "all is well")
+
+
+def test_two_tasks_that_fail_are_no_outage(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path / "root", config=f"codex:\n  bin: {FAKE}\n{OUT}")
+    behave(daemon, mode="replay:overloaded")
+    with daemon:
+        for name in ("a", "b"):
+            daemon.drop(f"{name}.md", "---\nattempts: 4\n---\nx")
+        for name in ("a", "b"):
+            front, _ = daemon.answer(name, 60)
+            assert (front["state"], front["outcome"], front["attempts"]) == (
+                "failed", "transient", 4,
+            )  # fmt: skip
+        assert not notes(daemon, "closed")
+
+
+def test_what_the_model_answers_ends_the_row(tmp_path: Path) -> None:
+    one = Waiting(tmp_path / "root")
+    a, b, c, d = (Task(f"20261123t072011-{n:010}", launches=1) for n in range(4))
+
+    def fails(task: Task) -> bool:
+        out = one.keeper.is_out(task)
+        one.keeper.heard(task, Outcome.TRANSIENT, turned=True)
+        return out
+
+    assert not any(fails(task) for task in (a, b, c))
+    one.keeper.heard(d, Outcome.DONE, turned=True)
+    assert not any(fails(task) for task in (a, b, c))
+    assert not any(fails(task) for task in (a, b, c))  # said again after a crash
+    one.keeper.heard(d, Outcome.STALL, turned=True)  # which says neither
+    one.keeper.heard(d, Outcome.TRANSIENT, turned=False)  # nor does this: Codex met Codex
+    assert not one.keeper.is_out(replace(d, profile="work"))  # another credential
+    assert fails(d)
+    one.keeper.met(Outcome.TRANSIENT, "no capacity")
+    assert fails(a)
+    assert one.is_due("transient", 11)
+    one.keeper.passed({"transient"})
+    assert not any(fails(task) for task in (a, b, c))
+
+
 def test_a_long_probe_does_not_hold_up_the_others(tmp_path: Path) -> None:
     with CaseModel() as model, prepared(tmp_path / "root", model, CONFIG) as daemon:
         daemon.drop("long.md", "[[shell true]][[first 1 quota 7200]][[hold long]][[say long]]")
@@ -144,7 +267,7 @@ class Waiting:
         self.keeper = Keeper(load(dirs, explicit=True), self.ledger, spend, silent, silent)
 
     def is_due(self, reason: str, later: float) -> bool:
-        return reason in self.keeper.gate(time.monotonic() + later).probes
+        return reason in self.keeper.gate(clock.steady() + later).probes
 
 
 def test_pauses_of_unknown_length_grow_with_the_probes_alone(tmp_path: Path) -> None:
@@ -249,3 +372,29 @@ def test_ten_thousand_tasks_cost_a_handful_of_lines(crowd: Daemon) -> None:
     assert kinds.count("running") == kinds.count("queued") <= 4
     told = crowd.json("status")
     assert (told["queued"], told["running"], list(told["gate"])) == (10_000, 0, ["quota"])
+
+
+def test_a_gate_with_many_reasons_is_told_whole(tmp_path: Path) -> None:
+    """A heartbeat has one size, and what does not fit may not make it unreadable."""
+    daemon = Daemon(tmp_path / "root", config="codex:\n  bin: /nonexistent\n" + CONFIG)
+    at = "2026-11-23T07:20:11.123Z"
+    profiles = [f"{'p' * 96}{number:04}" for number in range(40)]
+    for number, profile in enumerate(profiles):
+        id = f"20261123t072011-{number:010}"
+        daemon.left(id, (Kind.QUEUED, {"profile": profile}), at=at)
+    ledger = Ledger(daemon.dirs.ledger, daemon.dirs.checkpoint)
+    facts = {"message": "☃" * 500, "until": "2099-11-23T07:20:11.123Z"}
+    ledger.append(
+        [Event(at, Note.CLOSED, facts={"reason": f"quota:{p}", **facts}) for p in profiles]
+    )
+    ledger.close()
+    with daemon:
+        told = until(
+            lambda: "codex" in daemon.json("status").get("gate", {}) and health(daemon), "it"
+        )
+        assert told["status"].startswith("codex,quota:")
+        assert (len(told["gate"]), told["gate_more"]) == (16, 25)
+        assert "☃" in told["gate"][f"quota:{profiles[0]}"]["message"]
+        shown = daemon.run("status")
+        assert shown.returncode == 69
+        assert "; and 25 more" in shown.stdout

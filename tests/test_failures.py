@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from codexd import lock
+from codexd.dispatch import KEYED
 from codexd.spool import deliver_control
 from codexd.view import View
 from tests.daemon import Daemon, until
@@ -118,7 +119,10 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, model: CaseModel) -> Iterat
     (one.dirs.work / "a,b.png").write_bytes(b"")
     (one.dirs.work / "link").symlink_to("/etc")
     with one:
-        for name, (options, text, *_) in FAILING.items():
+        for name, (options, text, outcome, *_) in FAILING.items():
+            if outcome in KEYED:  # a credential for each: together they would be an outage
+                (one.dirs.codex_home / f"p-{name}.config.toml").write_text("")
+                options = f"{options}\nprofile: p-{name}".strip()
             one.drop(f"{name}.md", front_matter(options) + text)
         for name, (text, _) in WELL.items():
             one.drop(f"{name}.txt", text)
@@ -450,10 +454,6 @@ def test_resume_always_and_never(daemon: Daemon, model: CaseModel) -> None:
     assert len(model.prompts(threads[2])) == 2
 
 
-def test_a_thread_that_somebody_else_writes_is_waited_for(daemon: Daemon) -> None:
-    thread = begin(daemon, "busy", "[[say mine]]")
-    lock.hold_thread(str(daemon.dirs.codex_home), thread, 1.0)
-    daemon.drop("busy-2.md", "---\nsession: busy\n---\n[[say free]]")
 def test_a_reset_in_the_middle_of_a_first_turn(daemon: Daemon, model: CaseModel) -> None:
     """It is no matter that nobody knows the thread yet, nor even the session."""
     threads = []
@@ -474,6 +474,10 @@ def test_a_reset_in_the_middle_of_a_first_turn(daemon: Daemon, model: CaseModel)
     assert daemon.json("session", "show", "reset")["thread"] == threads[2]
 
 
+def test_a_thread_that_somebody_else_writes_is_waited_for(daemon: Daemon) -> None:
+    thread = begin(daemon, "busy", "[[say mine]]")
+    lock.hold_thread(str(daemon.dirs.codex_home), thread, 1.0)
+    daemon.drop("busy-2.md", "---\nsession: busy\n---\n[[say free]]")
     task = Seen(daemon, "busy-2.md")
     waiting = task.until("waiting", "thread-busy")
     assert waiting["message"] == f"thread {thread} is written by another process"

@@ -404,7 +404,8 @@ def test_metrics(held: Web) -> None:
             assert (types[found[1]] == "counter") == found[1].endswith("_total")
     assert "codexd_up 1" in lines
     assert 'codexd_gate_closed{reason="codex"} 1' in lines
-    assert 'codexd_gate_closed{reason="quota"} 0' in lines
+    for reason in ("quota", "transient", "rate"):
+        assert f'codexd_gate_closed{{reason="{reason}"}} 0' in lines
     assert "codexd_tokens_today 0" in lines
     assert "codexd_hooks_owed 0" in lines
     queued = next(line for line in lines if line.startswith('codexd_tasks{state="queued"}'))

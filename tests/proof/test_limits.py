@@ -25,6 +25,7 @@ import pytest
 from codexd import clock as times
 from tests.daemon import until
 from tests.proof.level import Figures, pick
+from tests.proof.simulated import Shifted
 from tests.test_bad_input import POWERLESS, ROOT, Mortal, closed, mounted, needs_mount
 
 pytestmark = [pytest.mark.xdist_group("limits"), pytest.mark.timeout(pick(120, 900, 900))]
@@ -292,19 +293,15 @@ def waited(look: Callable[[], bool], since: float, seconds: float = 60.0) -> flo
 @pytest.mark.parametrize("days", pick([-1], [-1, 1], [-1, 1]))
 def test_a_clock_that_is_set(tmp_path: Path, days: int) -> None:
     """Only the wall clock: what waits for a span goes on, and no turn is ended by it."""
-    library, clock = tmp_path / "wallclock.so", tmp_path / "clock"
-    source = Path(__file__).with_name("wallclock.c")
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
-    clock.write_text("0")
+    clock = Shifted(tmp_path)
     daemon = Bounded(tmp_path / "root")
-    daemon.env |= {"LD_PRELOAD": str(library), "WALLCLOCK": str(clock)}
+    daemon.env |= clock.environment
     daemon.behave(delay=3)
     with daemon:
         daemon.drop("turn.md", "x")
         daemon.drop("later.md", "---\nnot_before: 4s\n---\nx")
         until(lambda: daemon.health()["running"] == 1, "a turn")
-        clock.with_suffix(".new").write_text(f"{days * 86400}")
-        clock.with_suffix(".new").rename(clock)
+        clock.set(wall=days * 86400)
         for name in ("turn", "later"):
             front, text = daemon.answer(name)
             assert (text, front["attempts"]) == ("fine\n", 1)
@@ -312,3 +309,25 @@ def test_a_clock_that_is_set(tmp_path: Path, days: int) -> None:
             assert abs(ended - began - (days * 86400 if name == "turn" else 0)) < 30
         works(daemon, "after")
         assert daemon.health()["damaged"] == 0
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_host_that_slept(tmp_path: Path) -> None:
+    """Retries, delays and probes are due by the time that has passed for people."""
+    clock = Shifted(tmp_path)
+    daemon = Bounded(tmp_path / "root")
+    daemon.env |= clock.environment
+    hour = (daemon.root / "codexd.yaml").read_text() + "retry:\n  base: 1h\n  cap: 1h\n"
+    (daemon.root / "codexd.yaml").write_text(hour)
+    with daemon:
+        daemon.behave(mode="replay:overloaded")
+        daemon.drop("retried.md", "x")
+        daemon.drop("delayed.md", "---\nnot_before: 1h\n---\nx")
+        until(lambda: daemon.health()["waiting"] == 2, "both wait")
+        daemon.behave(mode="replay:e429quota")
+        daemon.drop("spent.md", "x")
+        closed(daemon, "quota")
+        daemon.behave()
+        clock.set(slept=7200)
+        for name in ("retried", "delayed", "spent"):
+            assert daemon.answer(name)[1] == "fine\n"
