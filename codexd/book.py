@@ -22,7 +22,7 @@ from zlib import crc32
 from codexd import delivery, durable
 from codexd.delivery import Occasion, Owed
 from codexd.line import FORMAT, HEAD, SEALED, parse
-from codexd.model import Event, IllegalEvent, Note, State, Task, apply
+from codexd.model import Event, IllegalEvent, Note, State, Task, apply, check
 from codexd.outcome import Outcome
 
 RECENT = 50  # ended tasks remembered for a short list
@@ -79,6 +79,7 @@ class Book:
 
     def _note(self, event: Event) -> None:
         if event.kind is Note.CLOSED:
+            check(event.facts)
             self.gate[str(event.facts.get("reason"))] = {**event.facts, "since": event.at}
         elif event.kind is Note.OPENED:
             self.gate.pop(str(event.facts.get("reason")), None)
@@ -295,6 +296,7 @@ def _records(value: object) -> Iterator[dict[str, object]]:
 
 
 def _task(record: dict[str, object]) -> Task:
+    check(record)
     outcome = record.get("outcome")
     record["state"] = State(str(record["state"]))
     record["outcome"] = Outcome(str(outcome)) if outcome else None

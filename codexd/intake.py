@@ -12,10 +12,10 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import islice
 
 from codexd import clock, controlfile, place, retention, spool, taskfile
+from codexd.asked import Refusal, again, allowed, workdir
 from codexd.config import Config
 from codexd.document import UNPRINTABLE, Form, Scalar
 from codexd.ledger import Ledger
@@ -28,10 +28,6 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.
 BATCH = 64  # files a round: dispatch must not wait for a flood of drops
 
 Log = Callable[..., None]
-
-
-class Refusal(ValueError):
-    """Why a dropped file does not become a task."""
 
 
 class Conflict(Refusal):
@@ -180,11 +176,14 @@ class Intake:
 
     def _accept(self, id: str, name: str, now: str) -> Event:
         data = spool.contents(self.dirs, id, self.config.limits.file)
-        control = controlfile.control(name)
+        control, of = controlfile.control(name), None
         if control and data:
             raise Refusal(f"a control file (here .{control.verb}) must be empty")
         if control and control.verb == "retry":
-            request, of = self._again(control.target)
+            of = control.target
+            if of in self.ledger.book.tasks:
+                raise Refusal(f"task {of} has not ended; cancel it first, or wait")
+            request = again(self.dirs, of)
         elif control:
             what = "session" if control.verb == "reset" else "task"
             raise Refusal(f"there is no {what} {control.target} to {control.verb}")
@@ -194,8 +193,8 @@ class Intake:
                     f"the id {wanted} is used already, or so old that it may have been "
                     "(retention.archive); drop it under another name"
                 )
-            request, of = taskfile.parse(name, data, max_bytes=self.config.limits.file), None
-        self._allowed(request)
+            request = taskfile.parse(name, data, max_bytes=self.config.limits.file)
+        allowed(self.config, request, self.limits)
         sha256 = hashlib.sha256(data).hexdigest()
         known = not request.key or self._keyed(id, request.key, sha256)
         after, start = self._after(id, request), self._start(request, now)
@@ -203,48 +202,6 @@ class Intake:
             place.remember_key(self.dirs, request.key, place.Keyed(id, sha256))
         facts = {**self._facts(name, request, of), "after": after, **start}
         return self._record(id, name, request, of, now, facts)
-
-    def _again(self, of: str) -> tuple[Request, str]:
-        """The request of an ended task, for a new one."""
-        if of in self.ledger.book.tasks:
-            raise Refusal(f"task {of} has not ended; cancel it first, or wait")
-        try:
-            found = place.load_ended(self.dirs, of)
-        except FileNotFoundError:
-            raise Refusal(f"there is no task {of}") from None
-        except ValueError as damage:
-            raise Refusal(f"the record of task {of} is damaged: {damage}") from damage
-        try:
-            again = Request.from_json(found["request"])  # type: ignore[arg-type]
-        except (KeyError, TypeError, ValueError, AttributeError) as damage:
-            raise Refusal(f"the record of task {of} is damaged: {damage}") from damage
-        free = replace(again, key=None, after=(), not_before=None)
-        return replace(free, session=again.session or of), of
-
-    def _allowed(self, request: Request) -> None:
-        """What the configuration lets a task choose.  The worker resolves links."""
-        most = self.config.codex.sandbox
-        if request.sandbox and request.sandbox.order > most.order:
-            raise Refusal(
-                f"sandbox {request.sandbox} is wider than the configured {most}; "
-                "a task can only lower it (codex.sandbox)"
-            )
-        if request.limits and not self.limits:
-            raise Refusal(
-                "limits: only where workers are systemd units can a task have limits of its own; "
-                "leave them out, or start codexd as a service"
-            )
-        path = os.path.normpath(self.workdir(request))
-        roots = [os.path.normpath(root) for root in self.config.workdirs]
-        if not any(path == root or path.startswith(root.rstrip("/") + "/") for root in roots):
-            raise Refusal(
-                f"workdir {path} is not below a configured root "
-                f"({', '.join(roots)}); see workdirs in {self.dirs.config_file}"
-            )
-
-    def workdir(self, request: Request) -> str:
-        asked = os.path.expanduser(request.workdir or "")
-        return os.path.join(self.config.workdir, asked) if asked else str(self.config.workdir)
 
     def _keyed(self, id: str, key: str, sha256: str) -> bool:
         """Whether the key is this very file's already.  Raises Conflict, Repeat."""
@@ -311,7 +268,7 @@ class Intake:
             "title": request.title,
             "key": request.key,
             "retry_of": of,
-            "workdir": os.path.normpath(self.workdir(request)),
+            "workdir": os.path.normpath(workdir(self.config, request)),
             "profile": request.profile,
             "limit": request.attempts or self.config.attempts,
         }

@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator
 from zlib import crc32
 
+from codexd import clock
 from codexd.model import Event, Kind, Note
 
 FORMAT = 1
@@ -33,6 +34,7 @@ _LINE = re.compile(
 )
 _NAME = re.compile(r"[a-z_]+")
 _FACT = re.compile(rf"({_NAME.pattern})=")
+_TIMES = ("until", "not_before")  # facts that somebody waits for
 
 
 def _solve() -> list[tuple[int, int]]:
@@ -99,11 +101,15 @@ def parse(line: bytes) -> Event:
     if not found:
         raise ValueError("not a ledger line of this format")
     kind = found["kind"].decode()
+    facts = dict(_facts((found["facts"] or b"").decode()))
+    for name in _TIMES:
+        if facts.get(name) is not None:
+            clock.epoch(str(facts[name]))
     return Event(
         at=found["at"].decode(),
         kind=Kind(kind) if found["id"] else Note(kind),
         id=(found["id"] or b"").decode(),
-        facts=dict(_facts((found["facts"] or b"").decode())),
+        facts=facts,
     )
 
 

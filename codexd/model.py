@@ -227,10 +227,39 @@ class Event:
 
 
 class IllegalEvent(ValueError):
-    """An event that the table has no row for."""
+    """An event that the table has no row for, or that says what cannot be."""
 
 
-_FACTS = frozenset(f.name for f in fields(Task)) - {"id", "state"}
+_TEXTS = ("session", "file", "title", "key", "retry_of", "workdir", "profile", "created", "started",
+          "ended", "outcome", "message", "until", "reason", "not_before", "thread")  # fmt: skip
+_NUMBERS = ("priority", "launches", "attempts", "interruptions", "limit")
+FACTS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(_TEXTS, str),
+    **dict.fromkeys(_NUMBERS, int),
+    "cancel": bool,
+    "after": (list, tuple),
+    "delay": (int, float),
+    "usage": Mapping,
+    "cost": Mapping,
+}
+
+
+def check(facts: Mapping[str, object]) -> None:
+    """Raise IllegalEvent for a fact of a task that is of the wrong type.
+
+    Whatever wrote it, the table of tasks must hold nothing that its readers stumble over.
+    """
+    for name, value in facts.items():
+        if name in FACTS and value is not None and not _fits(name, value):
+            raise IllegalEvent(f"{name}: {type(value).__name__} is no type for it")
+
+
+def _fits(name: str, value: object) -> bool:
+    if not isinstance(value, FACTS[name]):
+        return False
+    if isinstance(value, Mapping):
+        return all(n is None or isinstance(n, (int, float)) for n in value.values())
+    return not isinstance(value, (list, tuple)) or all(isinstance(item, str) for item in value)
 
 
 def apply(task: Task | None, event: Event) -> Task:
@@ -241,7 +270,7 @@ def apply(task: Task | None, event: Event) -> Task:
     thread, and `freed` what bound the task.  What only means something while a
     task waits (until, reason) is cleared by every move.
 
-    Raises IllegalEvent where TRANSITIONS has no row.
+    Raises IllegalEvent where TRANSITIONS has no row, or a fact is of the wrong type.
     """
     if not isinstance(event.kind, Kind):
         raise IllegalEvent(f"{event.kind} is not about a task")
@@ -252,7 +281,8 @@ def apply(task: Task | None, event: Event) -> Task:
     if task is None and "file" not in event.facts:
         # Queued again, but its first line is lost: nobody knows what it asks for.
         raise IllegalEvent(f"{event.id}: queued before it was accepted")
-    facts = {k: v for k, v in event.facts.items() if k in _FACTS and v is not None}
+    check(event.facts)
+    facts = {k: v for k, v in event.facts.items() if k in FACTS and v is not None}
     if "outcome" in facts:
         facts["outcome"] = Outcome(str(facts["outcome"]))
     if isinstance(after := facts.get("after"), list):  # as JSON has it

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from codexd import durable
 from codexd.config import Directories
+from codexd.model import State, check
 
 _STEM = re.compile(r"[^A-Za-z0-9._-]")
 _MODE = 0o750
@@ -152,11 +153,18 @@ def status(dirs: Directories, id: str) -> dict[str, object] | None:
 
     Raises OSError, ValueError.
     """
-    for home in (archived(dirs, id), dirs.tasks / id):
+    for path in (archived(dirs, id) / "status.json", dirs.tasks / id / "status.json"):
         try:
-            return durable.read_json(home / "status.json")
+            told = durable.read_json(path)
         except FileNotFoundError:
             continue
+        try:
+            check(told)
+            if told.get("id") != id or not State(str(told.get("state"))).ended:
+                raise ValueError("it is no task of this id that has ended")
+        except ValueError as damage:
+            raise ValueError(f"{path}: {damage}") from damage
+        return told
     return None
 
 
@@ -168,6 +176,12 @@ def has_ended(dirs: Directories, id: str) -> bool:
 def is_concluded(dirs: Directories, id: str) -> bool:
     """Whether its last word is written, and it still lies in tasks/."""
     return (dirs.tasks / id / "status.json").exists()
+
+
+def is_task(dirs: Directories, id: str) -> bool:
+    """`has_ended`, or what is needed or left of it lies in tasks/ID, whatever the ledger says."""
+    left = (dirs.tasks / id / "task.json", attempt(dirs, id, 1))
+    return has_ended(dirs, id) or any(path.exists() for path in left)
 
 
 def known(dirs: Directories, id: str) -> bool:

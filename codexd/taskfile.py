@@ -63,6 +63,7 @@ KEYS = (
 )
 
 
+_ONCE = ("key", "after", "not_before")
 _MARKDOWN = ("md", "markdown")
 _UNFINISHED = (".tmp", ".part", "~", ".swp", ".filepart", ".crdownload")
 _FENCE = re.compile(r"^---[ \t]*\r?$", re.MULTILINE)
@@ -150,6 +151,21 @@ def from_mapping(document: Document) -> Request:
         return _request(document, None)
     except DocumentError as err:
         raise Refused(err.reason, err.line) from err
+
+
+def again(asked: object) -> Request:
+    """The request of a task's record, for another task, under the rules of a file.
+
+    What only that one task had (its key, what it waited for) is left out.  Raises Refused.
+    """
+    if not isinstance(asked, dict):
+        raise Refused("it has no request")
+    kept = {key: asked[key] for key in KEYS if key in asked and key not in _ONCE}
+    try:
+        text = json.dumps(kept)
+    except RecursionError as err:
+        raise Refused("nested too deep") from err
+    return parse(".json", text.encode(), max_bytes=len(text))
 
 
 def dump(request: Request) -> bytes:

@@ -22,9 +22,10 @@ import pytest
 
 from codexd import ledger
 from codexd.ledger import seal
-from codexd.model import Note
+from codexd.model import Event, Kind, Note
 from codexd.view import View
 from tests.daemon import PYTHON, Daemon, until
+from tests.history import AT, move, queued
 
 FAKE = Path(__file__).parent / "bin" / "codex"
 ROOT = os.geteuid() == 0
@@ -556,13 +557,39 @@ def test_a_damaged_record_of_a_key_harms_only_its_own_tasks(daemon: Mortal) -> N
     assert reason.endswith("; move it away\n")
 
 
+MISTYPED: list[tuple[dict[str, object], str]] = [
+    ({}, "it has no request"),
+    ({"prompt": 5}, "prompt: found the number 5; allowed: a text that is not blank"),
+    ({"session": 7}, f"session: found the number 7; {LINE}"),
+    (
+        {"workdir": 5},
+        "workdir: found the number 5; allowed: a path: absolute, relative or ~/..., "
+        "at most 4096 bytes",
+    ),
+    ({"priority": "high"}, "priority: found 'high'; allowed: a whole number from 0 to 9"),
+    (
+        {"images": "a.png"},
+        "images: found 'a.png'; allowed: a list of at most 20, such as [a, b]",
+    ),
+    ({"limits": [1]}, "limits: found a list; allowed: a mapping of memory, cpu, tasks"),
+    ({"title": [[[]]] * 999}, "more than 1000 values"),
+]
+
+
 def test_a_damaged_record_of_an_ended_task_cannot_be_retried(daemon: Mortal) -> None:
     daemon.drop("ended.md", "x")
     id = daemon.answer("ended")[0]["id"]
     (home,) = until(lambda: list(daemon.dirs.archive.glob(f"*/{id}")), "the archive")
-    (home / "task.json").write_text('{"request": {"prompt": 5, "sandbox": "none"}}')
-    (daemon.dirs.inbox / f"{id}.retry").touch()
-    assert daemon.reason(f"{id}.retry").startswith(f"the record of task {id} is damaged: ")
+    record = json.loads((home / "task.json").read_text())
+    kept = daemon.dirs.rejected / f"{id}.retry"
+    for values, why in MISTYPED:
+        request = {**record["request"], **values} if values else 7
+        (home / "task.json").write_text(json.dumps({**record, "request": request}))
+        (daemon.dirs.inbox / f"{id}.retry").touch()
+        until(kept.exists, f"the rejection of {request}")
+        assert daemon.reason(kept.name) == f"the record of task {id} is damaged: {why}\n"
+        kept.unlink()
+        kept.with_name(f"{kept.name}.reason").unlink()
     (home / "status.json").write_text("")
     shown = daemon.run("task", "show", id)
     assert shown.returncode == 0
@@ -795,6 +822,22 @@ def test_a_root_on_a_file_system_that_is_read_only(tmp_path: Path) -> None:
         assert refused(daemon.root) == (69, text)
 
 
+MISTOLD = [
+    queued(1, session=7),
+    queued(2, workdir=["a"], limit="3"),
+    queued(3, not_before="tomorrow"),
+    queued(4, after=[5]),
+    queued(5),
+    move(5, Kind.WAITING, reason="hold", until="2026-02-30T00:00:00.000Z"),
+    move(5, Kind.RUNNING, launches="1"),
+    move(5, Kind.WAITING, usage={"input_tokens": "many"}, cost=3),
+    Event(AT, Note.CLOSED, facts={"reason": 5, "message": "m"}),
+    Event(AT, Note.CLOSED, facts={"reason": "quota", "message": "m", "until": 5}),
+    Event(AT, Note.REJECTED, facts={"id": 5, "reason": ["r"]}),
+    Event(AT, Note.OWED, facts={"event": 5}),
+    Event(AT, Note.ROTATED, facts={"ended": 5, "carried": "x"}),
+    move(5, Kind.CANCELLED, outcome=5),
+]
 DAMAGED: dict[str, Callable[[Mortal], object]] = {
     "the checkpoint is no JSON": lambda d: d.dirs.checkpoint.write_text("{"),
     "the checkpoint is a directory": lambda d: (
@@ -810,6 +853,9 @@ DAMAGED: dict[str, Callable[[Mortal], object]] = {
     "things in the archive": lambda d: (
         (d.dirs.archive / "README").touch(), (d.dirs.archive / "2026-01").mkdir(),
         (d.dirs.archive / "2026-01" / USED).mkdir(),
+    ),
+    "facts of the wrong types": lambda d: d.dirs.ledger.write_bytes(
+        d.dirs.ledger.read_bytes() + b"".join(map(ledger.render, MISTOLD))
     ),
     "the ledger is torn": lambda d: os.truncate(d.dirs.ledger, d.dirs.ledger.stat().st_size - 9),
     "the ledger is garbage": lambda d: d.dirs.ledger.write_bytes(os.urandom(5000)),

@@ -109,6 +109,13 @@ BROKEN: dict[str, tuple[bytes, str, str]] = {
     "of no task": (
         render(move(8, Kind.RUNNING)), "event", f"{ident(8)}: running does not follow no task",
     ),
+    "of another type": (
+        render(queued(8, session=7)), "event", "session: int is no type for it",
+    ),
+    "no time": (
+        render(queued(8, not_before="soon")), "grammar",
+        "time data 'soon' does not match format '%Y-%m-%dT%H:%M:%S.%fZ'",
+    ),
     "that cannot follow": (
         render(move(3, Kind.RUNNING)), "event", f"{ident(3)}: running does not follow running",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import MISSING, fields
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from codexd.model import (
+    FACTS,
     ID_PATTERN,
     Event,
     IllegalEvent,
@@ -23,6 +25,7 @@ from codexd.model import (
     State,
     Task,
     apply,
+    check,
     is_id,
     to_json,
 )
@@ -237,6 +240,14 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 TestLife.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+def test_every_fact_of_a_task_has_a_type() -> None:
+    assert set(FACTS) == {f.name for f in fields(Task)} - {"id", "state"}
+    check({f.name: f.default for f in fields(Task) if f.default is not MISSING})
+    for name, wrong in (("session", 7), ("after", [1]), ("usage", {"input_tokens": "1"})):
+        with pytest.raises(IllegalEvent, match=name):
+            apply(None, Event("t", Kind.QUEUED, "i", {"file": "f", name: wrong}))
 
 
 # --- requests ---------------------------------------------------------------------
