@@ -8,7 +8,6 @@ continued in a later round from inbox/.take-ID.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections.abc import Callable
@@ -23,9 +22,9 @@ from codexd.model import Event, Kind, Note, Request
 from codexd.parents import Orphans, Parents
 from codexd.when import MOST, when
 
-# What the host refuses to all files, not to one.
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE})
-BATCH = 64  # files a round: dispatch must not wait for a flood of drops
+# Of a round, which dispatch must not wait for:
+BATCH = 64  # files
+LOOK = 1.0  # seconds after its begin in which they are looked at; YAML may take long to read
 
 Log = Callable[..., None]
 
@@ -84,50 +83,74 @@ class Intake:
         self._unsettled: dict[str, Event | None] = {}  # in the ledger, but not yet moved away
 
     def take(self, names: list[str], leftover: list[str], now: float) -> list[Event]:
-        """Accept or reject what is settled; the events, already in the ledger."""
+        """Accept or reject what is settled; the events, already in the ledger.
+
+        `now` is when the round began, in monotonic seconds.
+        """
         self._accepted.clear()
-        room = max(0, min(BATCH, self.config.limits.queue - len(self.ledger.book.tasks)))
-        self.full = not room and bool(names)
         leftover = [id for id in leftover if id not in self.orphans]
+        leftover.sort(key=self._unsettled.__contains__)  # those put off come last
+        begun = len(set(leftover) - self._unsettled.keys())
+        free = self.config.limits.queue - len(self.ledger.book.tasks) - begun
+        self.full = free <= 0 and bool(names)
+        room = max(0, min(BATCH - begun, free))
         late = self.orphans.again([*names, *leftover], room)
         complete = (n for n in names if self.settled(self.dirs.inbox, n, now))
         batch = list(islice(complete, room - len(late)))
-        self.more = room == BATCH == len(batch) + len(late)
+        self.more = 0 < room == len(batch) + len(late)
         pairs = [(self._id_for(name), name) for name in batch]
-        claimed = spool.claim(self.dirs, pairs) if pairs else []
+        claimed = spool.claim(self.dirs, pairs, self.refused) if pairs else []
         for _, name in pairs:
             self.settled.forget(name)
         wanted = dict(reversed(pairs))  # of two files with one id the first was taken
-        looked = [
-            (id, self._look(id, wanted.get(id))) for id in [*leftover[:BATCH], *late, *claimed]
-        ]
-        there = {*names, *leftover[BATCH:], *(i for i, f in looked if isinstance(f, OSError))}
-        for id, found in looked:
+        ids = [*leftover[:BATCH], *late, *claimed]
+        looked = self._looked(ids, wanted, now + LOOK)
+        unseen = {id for id in ids if id not in looked or isinstance(looked[id], OSError)}
+        for id, found in looked.items():
             if isinstance(found, Later):
-                self.orphans.add(id, found.names, there.difference(batch))
-        events = {id: f for id, f in looked if not isinstance(f, OSError | Later)}
+                there = {*names, *leftover[BATCH:], *unseen}.difference(batch)
+                self.orphans.add(id, found.names, there)
+        events = {id: f for id, f in looked.items() if not isinstance(f, OSError | Later)}
         fresh = [e for id, e in events.items() if e and id not in self._unsettled]
         self.ledger.append(fresh)
         self._unsettled.update(events)
         for id, event in events.items():
-            self._settle(id, event)
-            del self._unsettled[id]
             self.orphans.forget(id)
             self.orphans.came(id, _key_of(event))
-        self.more = self.more or (room > 0 and self.orphans.due)
+            self._settle(id, event)
+        self.more = self.more or len(looked) < len(ids) or (room > 0 and self.orphans.due)
         return fresh
+
+    def _looked(
+        self, ids: list[str], names: dict[str, str], until: float
+    ) -> dict[str, Event | OSError | Later | None]:
+        """What each file comes to: of one at least, and of others up to a monotonic time."""
+        looked: dict[str, Event | OSError | Later | None] = {}
+        for id in ids:
+            if looked and time.monotonic() >= until:
+                break
+            looked[id] = self._look(id, names.get(id))
+        return looked
 
     def _look(self, id: str, name: str | None) -> Event | OSError | Later | None:
         """`_examine`, but an error of this one file's stays with it, for a later round."""
         try:
-            return self._examine(id, name)
+            event = self._examine(id, name)
         except Later as later:
             return later
         except OSError as error:
-            if error.errno in _FULL:
-                raise
-            self.refused(error, task=id)
+            self._put_off(error, id)
             return error
+        said = self.ledger.book.verdicts.get(id)
+        if event and said and not name and (event.kind, event.facts) == (said.kind, said.facts):
+            self._unsettled[id] = event  # before a crash, and it was not moved away
+        return event
+
+    def _put_off(self, error: OSError, id: str) -> None:
+        """Tell what the host refuses to one file; raise what it refuses to all."""
+        if error.errno in spool.FULL:
+            raise error
+        self.refused(error, task=id)
 
     def _id_for(self, name: str) -> str:
         wanted = spool.wanted_id(name)
@@ -137,7 +160,7 @@ class Intake:
         """Whether no task may have the id that this file asks for any more."""
         # Not by now: it may have waited for long, and was acknowledged when it came.
         came, kept = spool.delivered(self.dirs.inbox / name), self.config.retention.archive
-        taken = self._known(id) or id in self.orphans
+        taken = self._is_task(id) or id in self.orphans
         return taken or (came is not None and retention.forgotten(id, kept, came))
 
     def _known(self, id: str) -> bool:
@@ -163,7 +186,15 @@ class Intake:
             return Event(now, Note.REPEATED, facts=facts)
 
     def _settle(self, id: str, event: Event | None) -> None:
-        """The ledger has it: the taken file goes where it belongs."""
+        """The ledger has it: the taken file goes where it belongs, if need be in a later round."""
+        try:
+            self._move(id, event)
+        except OSError as error:
+            self._put_off(error, id)
+        else:
+            del self._unsettled[id]
+
+    def _move(self, id: str, event: Event | None) -> None:
         if event and event.kind is Note.REJECTED:
             reason = str(event.facts["reason"])
             spool.refuse(self.dirs, id, str(event.facts["file"]), reason)
@@ -220,7 +251,7 @@ class Intake:
 
     def _is_task(self, id: str) -> bool:
         """Whether it is one, or becomes one in this very batch."""
-        return self._known(id) or (self.dirs.tasks / id / "task.json").exists()
+        return id in self.ledger.book.tasks or place.is_task(self.dirs, id)
 
     def _after(self, id: str, request: Request) -> list[str] | None:
         """The ids of tasks that it follows and that are not done.  Raises Later, Refusal."""

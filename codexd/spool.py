@@ -29,6 +29,7 @@ from codexd.config import Directories
 from codexd.model import ID_LENGTH, is_id
 from codexd.settled import SETTLE, Settled
 from codexd.take import (
+    FULL,
     TAKE,
     Unreadable,
     claim,
@@ -43,6 +44,7 @@ from codexd.take import (
 from codexd.taskfile import ignored
 
 __all__ = [
+    "FULL",
     "SETTLE",
     "TAKE",
     "Settled",

@@ -21,13 +21,15 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from codexd import durable
 from codexd.config import Directories
 
 TAKE = ".take-"
+# What the host refuses to all files, not to one.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE})
 _STATE_MODE = 0o750
 _LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -42,11 +44,16 @@ def new_id() -> str:
     return when + "-" + "".join(secrets.choice(_LETTERS) for _ in range(10))
 
 
-def claim(dirs: Directories, names: Sequence[tuple[str, str]]) -> list[str]:
+def claim(
+    dirs: Directories,
+    names: Sequence[tuple[str, str]],
+    refused: Callable[[OSError], None] | None = None,
+) -> list[str]:
     """Take (id, name) pairs out of sight of other programs; the ids taken.
 
-    Left out are a file that vanished meanwhile (its dropper thought better of it)
-    and one whose id another file was taken under: it stays where it is.
+    Left out are a file that vanished meanwhile (its dropper thought better of it),
+    one whose id another file was taken under, and one that cannot be moved, which
+    `refused` is told: they stay where they are.
     """
     chosen: dict[str, str] = {}
     for id, name in names:
@@ -68,6 +75,11 @@ def claim(dirs: Directories, names: Sequence[tuple[str, str]]) -> list[str]:
             claimed.append(id)
         except FileNotFoundError:
             discard(dirs, id)
+        except OSError as error:  # a mount point, or immutable
+            discard(dirs, id)
+            if refused is None or error.errno in FULL:
+                raise
+            refused(error)
     durable.sync_directory(dirs.inbox)
     return claimed
 

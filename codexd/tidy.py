@@ -35,7 +35,7 @@ def _one(dirs: Directories, id: str, warn: Callable[..., None]) -> None:
     elif (dirs.tasks / id / "status.json").exists():
         place.archive(dirs, id)
     elif (dirs.tasks / id / "task.json").exists():
-        why = "the ledger's line of it is lost; left as it is: drop it again if it is wanted"
+        why = "the ledger's line of it is lost; left as it is: see codexd(7) if it is wanted"
         warn("task.unknown", task=id, why=why)
     elif place.is_probe(dirs, id):
         place.end_probe(dirs, id)
