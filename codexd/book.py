@@ -26,6 +26,7 @@ from codexd.model import Event, IllegalEvent, Note, State, Task, apply, check
 from codexd.outcome import Outcome
 
 RECENT = 50  # ended tasks remembered for a short list
+TOLD = 20  # damaged lines that are told one by one
 VERDICTS = 1000  # rejected and repeated files remembered for those who wait
 ENDING = 64  # bytes, a seal and more, by which a reader knows the place where it stopped
 _ID = slice(26, 52)  # after the "- " of a task's line
@@ -48,8 +49,8 @@ class Book:
     `tasks` is in ledger order.  `gate` maps each reason that is closed to its
     facts.  `verdicts` has the last files that did not become tasks, by the id
     they were taken under.  `owed` has the events that hooks were not told yet, the
-    oldest first.  `damaged` tells of lines that were not acted on.
-    `last` are the bytes just before `offset`.
+    oldest first.  `damaged` tells of the first lines that were not acted on, `lost` is
+    how many there are.  `last` are the bytes just before `offset`.
     """
 
     tasks: dict[str, Task] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class Book:
     verdicts: dict[str, Event] = field(default_factory=dict)
     owed: dict[str, Owed] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
+    lost: int = 0
     offset: int = 0
     last: bytes = b""
 
@@ -101,7 +103,19 @@ class Book:
             else:
                 self.act(parse(line))
         except (ValueError, IllegalEvent) as error:
-            self.damaged.append(f"byte {here}: {error}")
+            self.spoilt(here, str(error))
+
+    def spoilt(self, here: int, why: str) -> None:
+        """A line at `here` is not acted on."""
+        self.lost += 1
+        if len(self.damaged) < TOLD:
+            self.damaged.append(f"byte {here}: {why}")
+
+    def told(self) -> list[str]:
+        """What to say of damaged lines, however many there are."""
+        more = self.lost - len(self.damaged)
+        rest = [f"{more} more lines; `codexd ledger verify` names each"] if more else []
+        return [*self.damaged, *rest]
 
 
 def _check_head(line: bytes) -> None:
@@ -149,7 +163,7 @@ class _Survey:
                         ended(id)
                 break
             except IndexError:  # sealed, and yet too short for a line of ours
-                self.book.damaged.append(f"byte {here}: not a ledger line of this format")
+                self.book.spoilt(here, "not a ledger line of this format")
         if chunk.count(b"\n") != len(lines):  # much faster than to look for "\n* "
             for line in chunk.split(b"\n"):
                 if line[:1] in (b"*", b"#"):
@@ -172,7 +186,7 @@ class _Survey:
             if crc32(line) == SEALED:
                 yield line
             else:
-                self.book.damaged.append(f"byte {here}: the seal is broken")
+                self.book.spoilt(here, "the seal is broken")
             here += len(line)
 
 
@@ -257,6 +271,8 @@ def from_checkpoint(path: Path, ledger: int) -> Book | None:
         book.recent.extend(str(i) for i in _list(data["recent"]))
         owed = map(_owed, _records(data.get("owed", [])))
         book.owed = {one.key: one for one in owed}
+        for event in map(_verdict, _records(data.get("verdicts", []))):
+            book.act(event)
         return book
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -276,6 +292,7 @@ def to_checkpoint(book: Book, inode: int) -> bytes:
         "gate": list(book.gate.values()),
         "recent": list(book.recent),
         "owed": [asdict(one) for one in book.owed.values()],
+        "verdicts": [asdict(event) for event in book.verdicts.values()],
         "tasks": [asdict(task) for task in book.tasks.values()],
     }
     crc = crc32(json.dumps(data).encode())
@@ -307,3 +324,8 @@ def _task(record: dict[str, object]) -> Task:
 def _owed(record: dict[str, object]) -> Owed:
     record["occasion"] = Occasion(str(record["occasion"]))
     return Owed(**record)  # type: ignore[arg-type]
+
+
+def _verdict(record: dict[str, object]) -> Event:
+    record["kind"] = Note(str(record["kind"]))
+    return Event(**record)  # type: ignore[arg-type]

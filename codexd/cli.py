@@ -129,14 +129,16 @@ def follow(args: argparse.Namespace) -> int:
 
 def control(args: argparse.Namespace) -> int:
     view = view_of(args)
+    ids = []
     for id in args.ids:
         task = task_of(view, id)
+        ids.append(str(task["id"]))
         if args.control == "retry" and not has_ended(task):
             raise Trouble(Exit.FAILED, f"task {id} has not ended; cancel it first, or wait")
     if args.control == "retry":
-        report.lines(retried(view, args.ids))
+        report.lines(retried(view, ids))
         return Exit.DONE
-    for id in args.ids:
+    for id in ids:
         give(view.dirs.inbox, f"{id}.{args.control}")
     return Exit.DONE
 

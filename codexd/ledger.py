@@ -134,9 +134,19 @@ class Ledger:
         if not events:
             return []
         _rehearse(self.book, events)
+        self._look()
         more = self.owing(events, self.book.gate.keys())
         self._write(b"".join(map(render, [*events, *more])))
         return [self.book.act(event) for event in [*events, *more]][: len(events)]
+
+    def _look(self) -> None:
+        """Whether the file is still the ledger: an editor may have put another in its place."""
+        try:
+            same = os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise LedgerBroken("another file lies in its place, or none")
 
     def _write(self, data: bytes) -> None:
         size = self.book.offset
@@ -163,7 +173,13 @@ class Ledger:
         return self.book.offset - self._marked
 
     def checkpoint(self) -> None:
-        """Write the short cut for the next start.  Raises OSError; no harm done."""
+        """Write the short cut for the next start.  Raises OSError; no harm done.
+
+        None is written of a damaged file: the lines are told again at each start, and
+        one that is repaired in its place counts again.
+        """
+        if self.book.lost:
+            return
         inode = os.fstat(self._fd).st_ino
         durable.write(self.checkpoint_path, to_checkpoint(self.book, inode))
         self._marked = self.book.offset
@@ -198,6 +214,7 @@ class Ledger:
             raise LedgerBroken(f"fsync of {self.path.parent} failed: {error}") from error
         self._marked, self._least = 0, self.book.offset
         self.book.damaged.clear()  # the lines are in the old file
+        self.book.lost = 0
         self.laid_aside.append(old)
 
     def close(self) -> None:

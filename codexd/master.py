@@ -115,8 +115,8 @@ class Master:
     def begin(self) -> None:
         """Once, before the first round: say who we are, tidy up what a crash left."""
         book = self.ledger.book
-        for line in book.damaged:
-            self.service.log(Level.ERROR, "ledger.damaged", where=line)
+        for line in book.told():
+            self.error("ledger.damaged", where=line)
         if self.ledger.torn:
             self.warn("ledger.torn", cut_bytes=self.ledger.torn)
         facts = {"version": __version__, "pid": os.getpid(), "tasks": len(book.tasks)}
@@ -221,7 +221,7 @@ class Master:
             "seen": self.seen,
             "full": self.intake.full,
             "trouble": self.trouble,
-            "damaged": len(self.ledger.book.damaged),
+            "damaged": self.ledger.book.lost,
             **self.keeper.summary(),
             "workdir_sharing": self.config.workdir_sharing,
             "hooks": self.hooks.summary(),

@@ -159,7 +159,7 @@ def _written(fd: int, book: Book, at: str, name: str) -> Book:
     os.fsync(fd)
     again = Book()
     catch_up(again, fd)
-    if again.damaged or not _same(again, book):
+    if again.lost or not _same(again, book):
         why = "the new ledger would not say what the old one says; the old one stays"
         raise OSError(errno.EILSEQ, why, name)
     return again

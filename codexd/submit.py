@@ -50,11 +50,14 @@ def has_ended(task: Json) -> bool:
 
 
 def task_of(view: View, id: str) -> Json:
+    """The task of that id, or the one that a file of that id repeated.  Raises Trouble."""
     found = view.task(id)
     if found is None:
         verdict = view.verdict(id)
         if verdict and verdict.kind is Note.REJECTED:
             raise Trouble(Exit.FAILED, f"{id} was rejected: {verdict.facts.get('reason')}")
+        if verdict and (first := view.task(str(verdict.facts.get("first")))):
+            return first  # the same key, the same content: the same task
         raise Trouble(Exit.NO_TASK, f"there is no task {id}")
     return found
 

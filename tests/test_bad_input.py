@@ -546,6 +546,31 @@ def test_a_key_stands_for_its_first_content(daemon: Mortal) -> None:
     assert not list(daemon.dirs.answers.glob("again.*"))
 
 
+def test_who_waits_for_a_file_that_became_no_task_hears_so_after_a_restart(
+    tmp_path: Path,
+) -> None:
+    text = "---\nkey: k1\n---\nonce"
+    again, other = NOBODY.replace("2026", "2098"), NOBODY.replace("2026", "2099")
+    with Mortal(tmp_path / "root") as daemon:
+        daemon.drop(f"{USED}.md", text)
+        until((daemon.dirs.answers / f"{USED}.md").exists, "the answer")
+        daemon.drop(f"{again}.md", text)
+        daemon.drop(f"{other}.md", f"{text} more")
+        daemon.reason(f"{other}.md")
+        until(lambda: any("**repeated**" in e for e in daemon.events()), "the repeat")
+        daemon.stop()
+        daemon.start()
+        done = daemon.run("task", "wait", other)
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"codexd: {other} was rejected: key 'k1' was used by task {USED} with other content\n"
+        )
+        assert [t["id"] for t in daemon.json("task", "wait", again)] == [USED]
+        done = daemon.run("task", "retry", again)
+        assert done.returncode == 0
+        until(lambda: USED in [t["retry_of"] for t in daemon.tasks()], "the retry of the first")
+
+
 def test_a_damaged_record_of_a_key_harms_only_its_own_tasks(daemon: Mortal) -> None:
     daemon.drop("good.md", "---\nkey: k2\n---\nonce")
     daemon.answer("good")
@@ -596,6 +621,67 @@ def test_a_damaged_record_of_an_ended_task_cannot_be_retried(daemon: Mortal) -> 
     assert f"its record is damaged: {home}/status.json: not JSON: Expecting val" in shown.stdout
     assert "; the ledger tells what it came to\n" in shown.stdout
     assert daemon.run("task", "list").returncode == 0
+
+
+def test_a_rejection_that_a_crash_broke_off_is_told_once(tmp_path: Path) -> None:
+    with Mortal(tmp_path / "root") as daemon:
+        for name in ("bad.md", f"{USED}.md"):
+            daemon.drop(name, "\0")
+            until((daemon.dirs.rejected / name).exists, "the rejected file")
+        daemon.kill()
+        before = daemon.rejections()
+        for facts in before:  # its line is written, and nothing was moved yet
+            taken = daemon.dirs.inbox / f".take-{facts['id']}"
+            home = daemon.dirs.tasks / facts["id"]
+            (daemon.dirs.rejected / facts["file"]).rename(taken)
+            (daemon.dirs.rejected / f"{facts['file']}.reason").unlink()
+            home.mkdir(exist_ok=True)
+            (home / "name").write_text(facts["file"])
+        daemon.start()
+        for facts in before:
+            until((daemon.dirs.rejected / facts["file"]).exists, "the rejected file again")
+        assert daemon.rejections() == before
+        # Its id was not used up by that.
+        daemon.drop(f"{USED}.md", "corrected")
+        until((daemon.dirs.answers / f"{USED}.md").exists, "the answer")
+        assert daemon.rejections() == before
+
+
+def test_an_id_whose_line_is_lost_is_not_given_again(tmp_path: Path) -> None:
+    with Mortal(tmp_path / "root") as daemon:
+        daemon.run("hold")
+        daemon.drop(f"{USED}.md", "what was asked for first")
+        until(lambda: daemon.tasks() and not os.listdir(daemon.dirs.inbox), "the task, taken")
+        daemon.kill()
+        made = daemon.dirs.ledger.read_bytes().splitlines(keepends=True)
+        daemon.dirs.ledger.write_bytes(b"".join(x for x in made if USED.encode() not in x))
+        daemon.start()
+        assert f"task.unknown task={USED}" in daemon.log.read_text()
+        assert "see codexd(7)" in daemon.log.read_text()
+        daemon.drop(f"{USED}.md", "something else")
+        assert daemon.reason(f"{USED}.md") == f"{AGAIN}\n"
+        assert "asked for first" in (daemon.dirs.tasks / USED / "task.json").read_text()
+        # Nor where its attempts alone are left.
+        (daemon.dirs.tasks / USED / "1").mkdir()
+        (daemon.dirs.tasks / USED / "task.json").unlink()
+        daemon.drop(f"{USED}.json", '{"prompt": "something else"}')
+        assert daemon.reason(f"{USED}.json") == f"{AGAIN}\n"
+        assert not daemon.tasks()
+
+
+def test_files_that_take_long_to_read_do_not_hold_up_others(tmp_path: Path) -> None:
+    slow = "prompt: |\n  x\n" + "# comment\n" * 50_000  # for the YAML parser alone
+    with Mortal(tmp_path / "root") as daemon:
+        daemon.stop()
+        config = CONFIG.format(bin=FAKE, free="0").replace("file: 64K", "file: 1M")
+        (daemon.root / "codexd.yaml").write_text(config)
+        for number in range(16):
+            daemon.drop(f"slow-{number:02}.yaml", slow)
+        (daemon.dirs.inbox / "all.hold").touch()
+        daemon.start()
+        first = until(lambda: len(daemon.tasks()), "the first tasks")
+        assert first < 16, "those that were read are tasks before the others are read"
+        until(lambda: len(daemon.tasks()) > first, "more of them")
 
 
 def test_nobody_can_plant_a_name_of_ours(daemon: Mortal) -> None:
@@ -883,6 +969,37 @@ def test_a_damaged_state_that_can_be_served(tmp_path: Path) -> None:
         assert (daemon.dirs.tasks / "README").exists()
 
 
+def test_of_many_damaged_lines_some_are_told_and_all_are_counted(tmp_path: Path) -> None:
+    with Mortal(tmp_path / "root") as daemon:
+        daemon.stop()
+        with open(daemon.dirs.ledger, "ab") as file:
+            file.write(b"noise\n" * 5000)
+        for _ in range(2):
+            before = daemon.log.read_text().count("ledger.damaged")
+            daemon.start()
+            told = [x for x in daemon.log.read_text().splitlines() if "ledger.damaged" in x]
+            assert len(told) == before + 21
+            assert told[-1].endswith('where="4980 more lines; `codexd ledger verify` names each"')
+            assert daemon.health()["damaged"] == 5000
+            daemon.stop()
+
+
+def test_a_ledger_that_is_edited_under_a_daemon_ends_it(tmp_path: Path) -> None:
+    with Mortal(tmp_path / "root") as daemon:
+        daemon.drop("before.md", "x")
+        daemon.answer("before")
+        subprocess.run(["sed", "-i", "s/nothing/nothing/", daemon.dirs.ledger], check=True)
+        daemon.drop("after.md", "x")
+        assert daemon.child is not None
+        assert daemon.child.wait(20) == 69
+        assert "another file lies in its place" in daemon.log.read_text()
+        daemon.kill()  # what it left
+        daemon.start()
+        assert daemon.answer("after")[1] == "fine\n"
+        assert {t["file"] for t in daemon.tasks()} == {"before.md", "after.md"}
+        assert daemon.health()["damaged"] == 0
+
+
 BROKEN: dict[str, tuple[str, str]] = {
     "key": ("worker: 4\n", ":1: worker: unknown key (did you mean workers?); allowed: workers, "),
     "type": ("# many\nworkers: many\n", ":2: workers: found 'many'; allowed: a whole number fr"),
@@ -998,6 +1115,33 @@ class mounted:
 
     def __exit__(self, *_: object) -> None:
         subprocess.run(["umount", "--lazy", str(self.place)], check=True)
+
+
+@needs_mount
+@pytest.mark.parametrize("content", ["a good task", "\0"])
+def test_a_file_that_cannot_be_moved_holds_up_no_other(tmp_path: Path, content: str) -> None:
+    held = tmp_path / "held"
+    held.write_text(content)
+    with Mortal(tmp_path / "root") as daemon:
+        daemon.stop()
+        dropped, taken = daemon.dirs.inbox / "held.md", daemon.dirs.inbox / f".take-{NOBODY}"
+        for path in (dropped, taken):
+            path.write_text("what lies below the mount")
+        with mounted(dropped, "--bind", str(held)), mounted(taken, "--bind", str(held)):
+            daemon.start()
+            for n in range(2):
+                daemon.drop(f"beside-{n}.txt", "a task beside them")
+                daemon.answer(f"beside-{n}")
+            until(lambda: daemon.health()["status"] == "trouble", "trouble")
+            for path in (dropped, taken):
+                assert f"{path}: Device or resource busy" in daemon.log.read_text()
+        daemon.answer("held")
+        until(lambda: not taken.exists(), "the taken file to go")
+        until(lambda: daemon.health()["status"] == "ok", "the end of trouble")
+        if content == "\0":
+            assert [f["file"] for f in daemon.rejections()] == [f"{NOBODY}.md"], "told once"
+        else:
+            assert sum(t["id"] == NOBODY for t in daemon.tasks()) == 1
 
 
 @needs_mount

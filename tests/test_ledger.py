@@ -184,6 +184,8 @@ def test_a_write_that_fails_and_cannot_be_cut_ends_it(path: Path) -> None:
     full = os.open("/dev/full", os.O_WRONLY)  # takes no byte, and cannot be truncated
     os.dup2(full, one._fd)
     os.close(full)
+    path.unlink()
+    path.symlink_to("/dev/full")
     with pytest.raises(LedgerBroken, match="half-written"):
         one.append([queued(1)])
     assert not one.book.tasks
@@ -192,14 +194,50 @@ def test_a_write_that_fails_and_cannot_be_cut_ends_it(path: Path) -> None:
 
 def test_a_failed_sync_ends_it(path: Path) -> None:
     one = Ledger(path, path.parent / "checkpoint.json")
-    read_end, write_end = os.pipe()  # takes every byte, and cannot be synced
-    os.dup2(write_end, one._fd)
-    os.close(write_end)
+    path.unlink()
+    os.mkfifo(path)  # takes every byte, and cannot be synced
+    fifo = os.open(path, os.O_RDWR)
+    os.dup2(fifo, one._fd)
     with pytest.raises(LedgerBroken, match="fsync"):
         one.append([queued(1)])
     assert not one.book.tasks, "nothing is acknowledged"
     one.close()
-    os.close(read_end)
+    os.close(fifo)
+
+
+@pytest.mark.parametrize("how", ["another", "none"])
+def test_a_ledger_that_is_no_longer_in_its_place_ends_it(path: Path, how: str) -> None:
+    one = Ledger(path, path.parent / "checkpoint.json")
+    one.append([queued(1)])
+    path.rename(path.with_name("old"))
+    before = path.with_name("old").read_bytes()
+    if how == "another":  # as `sed -i` leaves it
+        path.write_bytes(before)
+    with pytest.raises(LedgerBroken, match="its place"):
+        one.append([queued(2)])
+    assert list(one.book.tasks) == [ident(1)], "nothing is acknowledged"
+    assert path.with_name("old").read_bytes() == before
+    one.close()
+
+
+def test_of_a_damaged_ledger_there_is_no_checkpoint(
+    open_ledger: Callable[[], Ledger], path: Path
+) -> None:
+    """So a line that is repaired where it stands counts again, and damage is told each time."""
+    open_ledger().append([queued(1), queued(2)])
+    inode, sound = path.stat().st_ino, path.read_bytes()
+    path.write_bytes(sound.replace(b"1.md", b"7.md"))
+    for _ in range(2):
+        one = open_ledger()
+        assert one.book.lost == 1
+        assert list(one.book.tasks) == [ident(2)]
+        one.checkpoint()
+    path.write_bytes(sound)
+    assert path.stat().st_ino == inode
+    one = open_ledger()
+    assert (one.book.lost, list(one.book.tasks)) == (0, [ident(1), ident(2)])
+    one.checkpoint()
+    assert one.checkpoint_path.exists()
 
 
 # --- following --------------------------------------------------------------------

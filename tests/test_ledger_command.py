@@ -521,13 +521,14 @@ def test_the_repair_that_the_manual_describes(daemon: Daemon) -> None:
     line = str(spoilt(ledger, id["kept"], "queued"))
     spoilt(ledger, id["ended"], "done")
     spoilt(ledger, id["lost"], "queued")
-    daemon.dirs.checkpoint.unlink()
 
     person = Person(daemon)
     found = person.does("codexd ledger verify")
     assert found.returncode == 1
     assert f"tasks.md:{line}: byte" in found.stdout
     assert person.does("cp -p").returncode == 0
+    assert daemon.dirs.checkpoint.exists()
+    assert person.does("rm -f").returncode == 0
     assert person.does("sed -n", **{"7": line}).returncode == 0
     assert person.does("sed -i", **{"7": line}).returncode == 0
     found = person.does("codexd ledger verify")
@@ -583,7 +584,7 @@ def test_a_ledger_that_is_lost_as_a_whole(daemon: Daemon, copy: str) -> None:
         daemon.stop()
     ledger.unlink()
     if copy == "an old one":
-        shutil.copy(rotate.kept(ledger)[-1], ledger)
+        rotate.kept(ledger)[-1].rename(ledger)
     with daemon:
         daemon.run("release")
         found = daemon.json("ledger", "verify")
