@@ -28,6 +28,7 @@ from codexd.directories import find as find
 from codexd.document import Document, DocumentError, Fields, Rule, Scalar, integer, string
 from codexd.model import Sandbox
 
+LARGEST = 8 << 20  # bytes: the most that limits.file can allow; to read them takes seconds
 Rules = dict[str, dict[str, Rule[Any]]]  # by section, by key
 N = TypeVar("N", int, float)
 
@@ -259,7 +260,7 @@ def _rules(state: Path) -> Rules:
         "http": {"listen": ADDRESS, "token_file": path},
         "retry": {"base": duration(1, 3600, "1s to 1h"), "cap": TIMEOUT},
         "limits": {
-            "file": size(1 << 10, 64 << 20, "1K to 64M"),
+            "file": size(1 << 10, LARGEST, "1K to 8M"),
             "queue": integer(1, 1_000_000),
             "disk_free": size(0, 1 << 40, "0 to 1024G"),
             "task_tokens": integer(1, 10**15),

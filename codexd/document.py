@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -79,16 +78,17 @@ class Scalar(str):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A mapping of dicts, lists and Scalars; `lines` gives each key's and item's line."""
+    """A mapping of dicts, lists and Scalars.  Lines are counted for errors alone: it is slow."""
 
     values: dict[str, object]
-    lines: Mapping[Where, int] = field(default_factory=dict)
+    places: Mapping[Where, int] = field(default_factory=dict)
+    line_at: Callable[[int], int] = field(default=int, compare=False, repr=False)
 
     def line(self, where: Where) -> int | None:
         """The line of the key or item at `where`, else of the nearest thing around it."""
-        while where and where not in self.lines:
+        while where and where not in self.places:
             where = where[:-1]
-        return self.lines.get(where)
+        return self.line_at(self.places[where]) if where else None
 
 
 def parse_yaml(
@@ -115,11 +115,9 @@ class _Tree:
     """Builds the document from either reader's events, within the limits."""
 
     def __init__(self, text: str, first_line: int, max_depth: int, max_nodes: int) -> None:
-        self._breaks = [found.start() for found in re.finditer("\n", text)]
-        self._end = len(text.rstrip())
-        self._first_line = first_line
+        self._all, self._first_line = text, first_line
         self._max_depth, self._max_nodes, self._nodes = max_depth, max_nodes, 0
-        self._lines: dict[Where, int] = {}
+        self._places: dict[Where, int] = {}
         self._events: Iterator[_Event] = iter(())
 
     def document(self, events: Iterator[_Event]) -> Document:
@@ -132,13 +130,13 @@ class _Tree:
             return Document({})
         if not isinstance(value, dict):
             raise self.error(first.at, f"found {_found(value)}; allowed: keys with their values")
-        return Document(value, self._lines)
+        return Document(value, self._places, self._line)
 
     def error(self, index: int, reason: str) -> DocumentError:
         return DocumentError(reason, self._line(index))
 
     def _line(self, index: int) -> int:
-        return self._first_line + bisect_left(self._breaks, min(index, self._end))
+        return self._first_line + self._all.count("\n", 0, min(index, len(self._all.rstrip())))
 
     def _value(self, event: _Event, where: Where) -> object:
         self._nodes += 1
@@ -157,11 +155,11 @@ class _Tree:
                 raise self.error(event.at, "a key must be a text, not a list or a mapping")
             place = (*where, self._text(event))
             if event.text in found:
-                first = self._lines[place]
+                first = self._line(self._places[place])
                 raise self.error(event.at, f"{_name(place)}: duplicate key, line {first} has it")
             if event.text == "<<" and event.what == Form.PLAIN:
                 raise self.error(event.at, "merge keys (<<) are not allowed")
-            self._lines[place] = self._line(event.at)
+            self._places[place] = event.at
             found[event.text] = self._value(next(self._events), place)
         return found
 
@@ -169,7 +167,7 @@ class _Tree:
         found: list[object] = []
         while (event := next(self._events)).what != "}":
             place = (*where, len(found))
-            self._lines[place] = self._line(event.at)
+            self._places[place] = event.at
             found.append(self._value(event, place))
         return found
 
@@ -312,7 +310,8 @@ class Fields:
         self._document = document
         self._where: Where = ()
         found = document.values.get(section) if section else document.values
-        found = {} if _is_null(found) or _is_blank(found) else found
+        self.given = not _is_null(found)  # be it blank
+        found = found if self.given and not _is_blank(found) else {}
         if not isinstance(found, dict):
             raise self.error(section, f"found {_found(found)}", f"a mapping of {', '.join(known)}")
         self._where = (section,) if section else ()

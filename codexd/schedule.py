@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from codexd import durable, spool, taskfile
-from codexd.config import ConfigError, Directories
+from codexd.config import LARGEST, ConfigError, Directories
 from codexd.ledger import LedgerBroken
 from codexd.model import Request, Resume, State
 from codexd.program import Exit, directories, options
@@ -41,7 +41,6 @@ FRESH = 300
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", re.ASCII)
 _STAMP = "%Y%m%dT%H%M%SZ"
 _STAMPED = r"[0-9]{8}T[0-9]{6}Z"
-_MOST = 64 << 20  # bytes read of a task file; the master knows its own limit
 
 
 def elapsed(stamp: str | None) -> float | None:
@@ -62,9 +61,9 @@ def key(name: str, elapsed: float | None, now: float) -> str:
 def request(file: Path, key: str) -> tuple[Request, Overlap | None]:
     """What the schedule's file asks for.  Raises OSError, ValueError with the reason."""
     # An admin may keep the file elsewhere; durable.read follows no link.
-    data = durable.read(os.path.realpath(file), _MOST)
+    data = durable.read(os.path.realpath(file), LARGEST)
     try:
-        found, overlap = taskfile.scheduled(file.name, data, max_bytes=_MOST)
+        found, overlap = taskfile.scheduled(file.name, data, max_bytes=LARGEST)
     except taskfile.Refused as why:
         raise ValueError(f"{file}: {why}") from why
     if found.key is not None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 from codexd import config, report, spool, taskfile
 from codexd.document import Document, Form, Scalar
@@ -25,7 +26,6 @@ _LISTS = ("images", "add_dirs", "after")  # keys of several values
 RESTART = 15.0  # seconds for which a daemon that others wait for may be down
 _LOOK = 0.2  # seconds between looks at the daemon's sign of life
 WORD = 5.0  # seconds to wait for the master's word on a submission
-_MOST = 64 << 20  # bytes read of a task file; the master knows its own limit
 
 
 class Trouble(Exception):
@@ -147,7 +147,7 @@ def _request(args: argparse.Namespace) -> Request:
 def _standard_input() -> str:
     """A prompt from standard input, checked as a file of plain text is."""
     try:
-        return taskfile.parse("-", sys.stdin.buffer.read(_MOST + 1), max_bytes=_MOST).prompt
+        return _parsed("-", sys.stdin.buffer).prompt
     except taskfile.Refused as why:
         raise Trouble(Exit.USAGE, f"standard input: {why}. Nothing was submitted") from why
 
@@ -233,13 +233,17 @@ def _words(view: View, ids: list[str], names: list[str]) -> tuple[list[str], lis
     return accepted, refused
 
 
+def _parsed(name: str, file: BinaryIO) -> Request:
+    """The request of a task file; the master knows its own limit."""
+    return taskfile.parse(name, file.read(config.LARGEST + 1), max_bytes=config.LARGEST)
+
+
 def _read_task(name: str) -> Request:
     try:
         if name == "-":
-            return taskfile.parse("-.md", sys.stdin.buffer.read(_MOST + 1), max_bytes=_MOST)
+            return _parsed("-.md", sys.stdin.buffer)
         with open(name, "rb") as file:
-            data = file.read(_MOST + 1)
-        request = taskfile.parse(os.path.basename(name), data, max_bytes=_MOST)
+            request = _parsed(os.path.basename(name), file)
         title = _title(os.path.basename(name))
         return request if request.title else replace(request, title=title)
     except OSError as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from enum import StrEnum
 
 from codexd.config import ATTEMPTS, NAME, PATH, SANDBOX, TIMEOUT, percent, size
@@ -137,7 +138,7 @@ def scheduled(name: str, data: bytes, *, max_bytes: int) -> tuple[Request, Overl
     try:
         document, body = _document(name, data, max_bytes)
         own = {key: document.values.pop(key) for key in ("overlap",) if key in document.values}
-        overlap = Fields(Document(own, document.lines), ["overlap"]).value(
+        overlap = Fields(replace(document, values=own), ["overlap"]).value(
             "overlap", None, choice(Overlap)
         )
         return _request(document, body), overlap
@@ -264,8 +265,8 @@ def _verify(document: Document) -> dict[str, object] | None:
     command = found.value("command", None, _COMMAND)
     rounds = found.value("rounds", None, _ROUNDS)
     if command is None:
-        # A mapping without a command, be it empty, would let the task end unchecked.
-        if isinstance(document.values.get("verify"), dict):
+        # A mapping without a command, be it empty or blank, would let the task end unchecked.
+        if found.given:
             raise found.error("command", "missing", _COMMAND.allowed)
         return None
     return {"command": command, "rounds": rounds or ROUNDS}

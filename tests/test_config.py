@@ -305,11 +305,11 @@ PATH = "a path: absolute, relative or ~/..., at most 4096 bytes"
         ("retry:\n  base: 30m", ":1: retry.cap: less than retry.base; allowed: from 1800s to 24h"),
         (
             "limits: {file: 1MB}",
-            f":1: limits.file: found '1MB'; allowed: a size from 1K to 64M, {SIZE}",
+            f":1: limits.file: found '1MB'; allowed: a size from 1K to 8M, {SIZE}",
         ),
         (
-            "limits: {file: 65M}",
-            f":1: limits.file: found '65M'; allowed: a size from 1K to 64M, {SIZE}",
+            "limits: {file: 9M}",
+            f":1: limits.file: found '9M'; allowed: a size from 1K to 8M, {SIZE}",
         ),
         ("limits: {queue: 0}", f":1: limits.queue: found '0'; allowed: {WHOLE} 1 to 1000000"),
         ("workdir: /srv", ":1: workdir: found '/srv'; allowed: below workdirs, 'STATE/work'"),

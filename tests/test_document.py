@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 from enum import StrEnum
 
 import pytest
@@ -348,6 +349,16 @@ def test_sections() -> None:
         DocumentError, match=r"^line 5: list: found a list; allowed: a mapping of b$"
     ):
         Fields(document, ["b"], "list")
+
+
+def test_lines_are_counted_only_for_an_error() -> None:
+    text = '{"a": [1,\n 2], "b":\n 3}' + "\n" * 1_000_000
+    tracemalloc.start()
+    document = parse_json(text)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(text)
+    assert [document.line(where) for where in (("a",), ("a", 1), ("b",), ("c",))] == [1, 2, 2, None]
 
 
 def test_unknown_keys() -> None:

@@ -229,6 +229,7 @@ RENAME = "rename it to end otherwise"
         ("verify: make test", "verify: found 'make test'; allowed: a mapping of command, rounds"),
         ("verify: {rounds: 2}", f"verify.command: missing; allowed: {COMMAND}"),
         ("verify: {}", f"verify.command: missing; allowed: {COMMAND}"),
+        ("verify:", f"verify.command: missing; allowed: {COMMAND}"),
         ("verify: {command: null}", f"verify.command: missing; allowed: {COMMAND}"),
         ("verify: {command: ''}", f"verify.command: found ''; allowed: {COMMAND}"),
         (
