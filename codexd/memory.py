@@ -160,16 +160,18 @@ def _rank(
             problems.append(f"{path}: {err.strerror}")
             continue
         shown = os.path.relpath(path, base) if notes.below(path, base) else path
-        found += _sections(query, scorer, note, shown, score)
+        for section in _sections(query, scorer, note, shown, score):
+            found.append(section)
+            if monotonic() > until:
+                break
     return sorted(found, key=lambda s: (-s.score, s.path, s.line))
 
 
 def _sections(
     query: Query, scorer: Scorer, note: bytes, shown: str, score: float
-) -> list[_Section]:
+) -> Iterator[_Section]:
     """A note's sections that hold any term; the words of headings and of the path count more."""
     named = query.count(os.fsencode(shown))
-    found = []
     for line, text in sections(note):
         tally: dict[str, float] = dict(query.count(text))
         if not tally:
@@ -181,8 +183,7 @@ def _sections(
         for term in terms.intersection(named):
             tally[term] += W_PATH
         own = scorer.score(tally, max(len(text), FLOOR) / AVERAGE)
-        found.append(_Section(shown, line, own + W_FILE * score, text, terms))
-    return found
+        yield _Section(shown, line, own + W_FILE * score, text, terms)
 
 
 def _excerpts(

@@ -19,6 +19,8 @@ import select
 import signal
 import stat
 import sys
+from itertools import groupby, islice
+from operator import itemgetter
 from time import monotonic
 
 TYPE_CHECKING = False
@@ -31,6 +33,7 @@ LARGEST = 2 << 20  # bytes; a larger file is not a note
 OUTPUT = 64 << 20  # bytes a scanner may print
 COMPLAINTS = 100  # pieces of a scanner's stderr that are kept, each up to 64 KiB
 BATCH = 256  # names in one command, each up to 4 KiB
+RUNS = 10_000  # counted between two looks at the clock
 _SEARCHED = re.compile(rb"\n(\d+) files searched\n(?:.*\n)*?(\d+) bytes searched\n")
 BOMS = (b"\xff\xfe", b"\xfe\xff")  # how a file in UTF-16 begins
 
@@ -48,9 +51,16 @@ class Scan:
         self.tallies: dict[str, Mapping[str, int]] = {}
         self.files = self.size = 0
 
-    def add(self, query: Query, path: str, runs: Iterable[bytes]) -> None:
-        """Count a file's terms from its runs."""
-        if tally := query.runs.count(runs):
+    def add(self, query: Query, path: str, runs: Iterable[bytes], until: float) -> None:
+        """Count a file's terms from its runs.  Raises TimeoutError."""
+        tally: dict[str, int] = {}
+        rest = iter(runs)
+        while some := list(islice(rest, RUNS)):
+            if monotonic() > until:
+                raise TimeoutError
+            for term, n in query.runs.count(some).items():
+                tally[term] = tally.get(term, 0) + n
+        if tally:
             self.tallies[path] = tally
 
 
@@ -125,7 +135,7 @@ def _rg(query: Query, where: list[str], until: float, rg: str | None, problems: 
     name, *chunks = out.split(b"\0")
     for chunk in chunks:
         runs, _, rest = chunk.partition(b"\n\n")
-        found.add(query, os.fsdecode(name), runs.split(b"\n"))
+        found.add(query, os.fsdecode(name), runs.split(b"\n"), until)
         name = rest
     searched = _SEARCHED.search(b"\n" + name)
     if searched is None:
@@ -145,39 +155,45 @@ def _grep(query: Query, where: list[str], until: float, problems: list[str]) -> 
     pattern = b"(" + b"|".join((*query.literals, *BOMS)) + b")[[:alnum:]_\x80-\xff]*\n"
     argv = [_program("grep"), "-aioEHZ", "-D", "skip", "-d", "skip", "-f", "-", "--"]
     found = Scan()
-    runs: dict[bytes, list[bytes]] = {}
     names = list(_walk(where, found, until, problems))
     for i in range(0, len(names), BATCH):
         out, said = _child([*argv, *names[i : i + BATCH]], pattern, until)
         if said:
             problems.append(_first(said))
-        name, *chunks = out.split(b"\0")  # PATH NUL run LF PATH NUL run LF …
-        for chunk in chunks:
-            run, _, rest = chunk.partition(b"\n")
-            runs.setdefault(name, []).append(run)
-            name = rest
-    for name, held in runs.items():
-        path = os.fsdecode(name)
-        if held[0].startswith(BOMS):
-            _look(query, path, found, problems)
-        else:
-            found.add(query, path, held)
+        for name, lines in groupby(_printed(out), itemgetter(0)):
+            held = [run for _, run in lines]
+            path = os.fsdecode(name)
+            if held[0].startswith(BOMS):
+                _look(query, path, found, until, problems)
+            else:
+                found.add(query, path, held, until)
     return found
+
+
+def _printed(out: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Names and runs of grep's output: PATH NUL run LF PATH NUL run LF …"""
+    name, *chunks = out.split(b"\0")
+    for chunk in chunks:
+        run, _, rest = chunk.partition(b"\n")
+        yield name, run
+        name = rest
 
 
 def _python(query: Query, where: list[str], until: float, problems: list[str]) -> Scan:
     found = Scan()
     for path in _walk(where, found, until, problems):
-        _look(query, path, found, problems)
+        _look(query, path, found, until, problems)
     return found
 
 
-def _look(query: Query, path: str, found: Scan, problems: list[str]) -> None:
-    """Count a file's terms without a scanner."""
+def _look(query: Query, path: str, found: Scan, until: float, problems: list[str]) -> None:
+    """Count a file's terms without a scanner.  Raises TimeoutError."""
     try:
-        found.add(query, path, query.tails(_transcoded(_bytes(path))))
+        found.add(query, path, query.tails(_transcoded(_bytes(path))), until)
     except FileNotFoundError:
         pass  # gone since it was listed
+    except TimeoutError:  # an OSError, too
+        raise
     except OSError as err:
         problems.append(_why(err))
 
@@ -199,6 +215,9 @@ def _walk(where: list[str], found: Scan, until: float, problems: list[str]) -> I
             try:
                 size = os.lstat(note).st_size
             except FileNotFoundError:
+                continue
+            except OSError as err:
+                problems.append(_why(err))
                 continue
             if size <= LARGEST:
                 found.files += 1

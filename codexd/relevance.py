@@ -60,6 +60,7 @@ SPLIT = bytes(b if b > 127 or b == 95 or chr(b).isalnum() else 32 for b in range
 
 STEM = 6  # characters
 EXACT = "="  # first character of a term that is a word as written
+KNOWN = 50_000  # words and runs that are remembered: notes may have any number of them
 LONGEST_WORD = 64  # characters; beyond it, keys and hashes
 W_STEM, W_EXACT, W_DENSE = 0.7, 0.3, 0.3
 
@@ -132,7 +133,7 @@ def _words(passage: str) -> dict[str, list[str]]:
 
 
 class Runs(dict[bytes, tuple[str, ...]]):
-    """run → those of a query's terms it holds, worked out once for each run."""
+    """run → those of a query's terms it holds, worked out once for each run of late."""
 
     def __init__(self, wanted: Mapping[str, object], pattern: re.Pattern[bytes]) -> None:
         self._wanted, self._pattern = wanted, pattern
@@ -142,6 +143,8 @@ class Runs(dict[bytes, tuple[str, ...]]):
         if self._pattern.search(run):
             text = run.decode("utf-8", "replace")
             found = tuple(t for t in terms(text) if t in self._wanted)
+        if len(self) >= KNOWN:
+            self.clear()
         self[run] = found
         return found
 
@@ -155,13 +158,15 @@ class Runs(dict[bytes, tuple[str, ...]]):
 
 
 class _Tails(dict[bytes, bytes]):
-    """word → the run in it, empty if there is none."""
+    """word → the run in it, empty if there is none, of words of late."""
 
     def __init__(self, pattern: re.Pattern[bytes]) -> None:
         self._pattern = pattern
 
     def __missing__(self, word: bytes) -> bytes:
         at = self._pattern.search(word)
+        if len(self) >= KNOWN:
+            self.clear()
         self[word] = tail = word[at.start() :] if at else b""
         return tail
 

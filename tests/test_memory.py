@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from codexd import memory, notes
+from codexd import memory, notes, relevance
 from codexd.relevance import Query, terms
 
 DATA = Path(__file__).parent / "data" / "memory"
@@ -503,6 +503,45 @@ def test_the_deadline_is_told(work: Path, tool: str) -> None:
     found = find(work, "kestrel", tool, deadline=0)
     assert found.hits == []
     assert found.note == "memory: the search was given up: it took longer than 0 s"
+
+
+@every_tool
+def test_counting_keeps_the_deadline_as_well(work: Path, tool: str) -> None:
+    """Of many different words, which one look for each scanner does not bound."""
+    note(work, "a.md", " ".join(f"kestrel{n}" for n in range(notes.RUNS)))
+    query, late = Query("kestrel"), time.monotonic() - 1
+    assert notes.scan(query, [str(work / "memory")], late + 60, tool, None, [])[1].tallies
+    runs = (b"kestrel%d" % n for n in range(3 * notes.RUNS))
+    with pytest.raises(TimeoutError):
+        notes.Scan().add(query, "a.md", runs, late)
+    assert next(runs) == b"kestrel%d" % notes.RUNS, "it looked at the clock, and went no further"
+
+
+def test_what_is_remembered_of_words_is_bounded() -> None:
+    query = Query("kestrel")
+    text = b" ".join(b"kestrel%d" % n for n in range(2 * relevance.KNOWN))
+    assert query.count(text) == {"kestre": 2 * relevance.KNOWN}
+    assert len(query.runs) <= relevance.KNOWN
+    assert sum(1 for _ in query.tails(text)) == 2 * relevance.KNOWN
+    assert len(query._tails) <= relevance.KNOWN
+
+
+@pytest.mark.parametrize("tool", ["grep", "python"])
+def test_a_note_whose_name_is_too_long_harms_only_itself(work: Path, tool: str) -> None:
+    note(work, "a.md", "kestrel")
+    deep = os.path.realpath(work / "memory")
+    fd = os.open(deep, os.O_RDONLY)
+    while len(deep) < 3900:  # a whole path has 4095 bytes at most
+        os.mkdir("d" * 100, dir_fd=fd)
+        below = os.open("d" * 100, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd, deep = below, f"{deep}/{'d' * 100}"
+    os.close(os.open("n" * 250 + ".md", os.O_WRONLY | os.O_CREAT, dir_fd=fd))
+    os.close(fd)
+    found = find(work, "kestrel", tool)
+    assert names(found) == ["memory/a.md"]
+    assert found.note is not None
+    assert found.note.endswith("File name too long")
 
 
 def test_another_tool_does_it_if_rg_cannot(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
