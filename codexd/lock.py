@@ -50,13 +50,17 @@ def hold(path: str | os.PathLike[str], deadline: float) -> int:
     """
     import fcntl
 
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.fchmod(fd, 0o600)  # who may open it, be it to read, may hold it as well
     take = fcntl.LOCK_EX | fcntl.LOCK_NB
     return _taken(fd, lambda: fcntl.flock(fd, take), deadline, os.fspath(path))
 
 
 def is_held(path: str | os.PathLike[str]) -> bool:
-    """Whether some process holds the flock on `path` now."""
+    """Whether some process holds the flock on `path` now.
+
+    Raises PermissionError: whether it is held is for its owner to see.
+    """
     import fcntl
 
     try:

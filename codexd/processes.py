@@ -77,7 +77,7 @@ class Processes:
         return self._refused.pop(id, None)
 
     def _start(self, id: str) -> None:
-        fd = os.open(self._path(id), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        fd = os.open(self._path(id), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Nothing of an attempt before is left; the next holder is not to be killed.

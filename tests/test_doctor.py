@@ -284,6 +284,12 @@ def test_a_member_of_the_group_and_others(box: Box) -> None:
     box.run("useradd", "--create-home", "bob")
     (one,) = examined(box, user="bob")["group"]
     assert one["mend"] == "usermod -aG codexd bob, as root"
+    # Nobody else can take the lock, and who serves HTTP sees without it that the daemon runs.
+    for user in (ALICE, "codexd-http"):
+        hold = box.run("flock", "-n", "/var/lib/codexd/lock", "true", user=user, check=False)
+        assert "Permission denied" in hold.stderr, hold
+    told = box.run(f"{BIN}/codexd", "status", "--json", user="codexd-http", check=False)
+    assert json.loads(told.stdout)["status"] != "down", told
 
 
 @box_tests

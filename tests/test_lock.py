@@ -94,6 +94,15 @@ def test_asking_takes_nothing(tmp_path: Path) -> None:
     os.close(other)
 
 
+def test_nobody_else_can_open_it(tmp_path: Path) -> None:
+    """Whoever may read it could hold it, and keep the daemon from starting."""
+    path = tmp_path / "lock"
+    for _ in range(2):
+        os.close(lock.hold(path, 0))
+        assert path.stat().st_mode & 0o777 == 0o600
+        path.chmod(0o640)  # as another version may have left it
+
+
 def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
     process = holder(HOLD, tmp_path / "lock")
     before = len(os.listdir("/proc/self/fd"))
