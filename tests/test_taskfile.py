@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
 
 import pytest
@@ -396,6 +397,34 @@ def test_dump_writes_what_a_person_can_read() -> None:
 def test_what_dump_lets_through_parse_refuses(change: dict[str, object], message: str) -> None:
     request = replace(Request("x"), **change)  # type: ignore[arg-type]
     assert message in refusal("t.json", dump(request))
+
+
+@given(REQUESTS)
+def test_a_record_gives_the_request_again(request: Request) -> None:
+    """As another task may have it: without what only the first one had."""
+    record = json.loads(json.dumps(request.to_json()))
+    waited = {"after": ["a"], "not_before": "1h", "of_a_newer_version": 1}
+    assert taskfile.again({**record, **waited}) == replace(request, key=None)
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (7, "it has no request"),
+        ({}, "prompt: missing"),
+        ({"prompt": 5}, "prompt: found the number 5"),
+        ({"prompt": "x", "session": 7}, "session: found the number 7"),
+        ({"prompt": "x", "priority": True}, "priority: found true"),
+        ({"prompt": "x", "images": "a.png"}, "images: found 'a.png'; allowed: a list"),
+        ({"prompt": "x", "limits": [1]}, "limits: found a list; allowed: a mapping"),
+        ({"prompt": "x", "verify": {"rounds": 2}}, "verify.command: missing"),
+        ({"prompt": "x", "title": [[[]]] * 999}, "more than 1000 values"),
+    ],
+)
+def test_a_record_is_checked_as_a_file_is(record: object, why: str) -> None:
+    with pytest.raises(Refused) as caught:
+        taskfile.again(record)
+    assert caught.value.reason.startswith(why)
 
 
 NASTY = st.one_of(
