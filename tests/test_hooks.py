@@ -30,6 +30,7 @@ from tests.test_bad_input import Mortal
 
 FAKE = Path(__file__).resolve().parent / "bin/codex"
 AT = "2026-11-23T07:20:11.123Z"
+SOON, LATER = "2026-11-23T07:21:00.000Z", "2026-11-23T08:00:00.000Z"
 A, B, C = (f"20261123t07201{n}-aaaaaaaaaa" for n in range(3))
 QUICK = f"codex:\n  bin: {FAKE}\nhttp:\n  listen: off\nretry:\n  base: 1s\n  cap: 1s\n"
 
@@ -143,14 +144,14 @@ def test_it_survives_a_start(books: tuple[Path, Path], marked: int) -> None:
     """With the checkpoint taken anywhere."""
     ledger = Ledger(*books)
     events = [
-        line(Note.OWED, A), line(Note.OWED, B), line(Note.DEFERRED, B, tries=1, until="u1"),
-        line(Note.TOLD, A), line(Note.DEFERRED, B, tries=2, until="u2"), line(Note.OWED, C),
+        line(Note.OWED, A), line(Note.OWED, B), line(Note.DEFERRED, B, tries=1, until=SOON),
+        line(Note.TOLD, A), line(Note.DEFERRED, B, tries=2, until=LATER), line(Note.OWED, C),
     ]  # fmt: skip
     for n, one in enumerate(events):
         if n == marked:
             ledger.checkpoint()
         ledger.append([one])
-    wanted = {f"{B}.done": replace(owed(B), tries=2, until="u2"), f"{C}.done": owed(C)}
+    wanted = {f"{B}.done": replace(owed(B), tries=2, until=LATER), f"{C}.done": owed(C)}
     assert ledger.book.owed == wanted
     reader = Follower(*books)
     reader.refresh()

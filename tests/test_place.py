@@ -123,13 +123,13 @@ def test_an_answer_can_be_written_again(dirs: Directories) -> None:
 def test_a_concluded_task_is_found_wherever_it_lies(dirs: Directories, task: Path) -> None:
     assert place.status(dirs, ID) is None
     assert not place.known(dirs, ID)
-    place.conclude(dirs, ID, {"state": "done"})
-    assert place.status(dirs, ID) == {"state": "done"}
+    place.conclude(dirs, ID, {"id": ID, "state": "done"})
+    assert place.status(dirs, ID) == {"id": ID, "state": "done"}
     for _ in range(2):
         place.archive(dirs, ID)
         assert not task.exists()
         assert place.archived(dirs, ID) == dirs.archive / "2026-11" / ID
-        assert place.status(dirs, ID) == {"state": "done"}
+        assert place.status(dirs, ID) == {"id": ID, "state": "done"}
         assert place.load_ended(dirs, ID)["id"] == ID
         assert place.known(dirs, ID)
     assert place.status(dirs, OTHER) is None

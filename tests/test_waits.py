@@ -63,7 +63,7 @@ class Round:
         return self.ledger.book.tasks[ident(n)]
 
     def end(self, n: int, kind: Kind, **facts: object) -> None:
-        told = {"state": kind.value, "outcome": "quota", "message": None, **facts}
+        told = {"id": ident(n), "state": kind.value, "outcome": "quota", "message": None, **facts}
         (self.dirs.tasks / ident(n)).mkdir()
         place.conclude(self.dirs, ident(n), told)
         events = [] if self.task(n).state is State.RUNNING else [move(n, Kind.RUNNING)]
