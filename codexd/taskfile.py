@@ -111,9 +111,10 @@ _PRIORITY = integer(0, 9)
 _COMMAND = _one_line(1000)
 _ROUNDS = integer(1, 10)
 _LIMITS = {
-    "memory": size(1 << 20, 1 << 50, "1M to 1048576G"),
+    # With less, systemd could not even start and end the worker.
+    "memory": size(64 << 20, 1 << 50, "64M to 1048576G"),
     "cpu": percent(1, 100_000, "1% to 100000%"),
-    "tasks": integer(1, 1_000_000),
+    "tasks": integer(64, 1_000_000),
 }
 
 

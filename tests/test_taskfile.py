@@ -238,9 +238,13 @@ RENAME = "rename it to end otherwise"
             "verify.rounds: found '11'; allowed: a whole number from 1 to 10",
         ),
         (
-            "limits: {memory: 1K}",
-            "limits.memory: found '1K'; "
-            "allowed: a size from 1M to 1048576G, such as 512K, 64M or 1G",
+            "limits: {memory: 65535K}",
+            "limits.memory: found '65535K'; "
+            "allowed: a size from 64M to 1048576G, such as 512K, 64M or 1G",
+        ),
+        (
+            "limits: {tasks: 63}",
+            "limits.tasks: found '63'; allowed: a whole number from 64 to 1000000",
         ),
         ("limits: {cpu: much}", "limits.cpu: found 'much'; allowed: from 1% to 100000% of one CPU"),
         ("limits: {disk: 1G}", "limits.disk: unknown key; allowed: memory, cpu, tasks"),
