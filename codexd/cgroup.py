@@ -11,7 +11,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 # `codexd-exit` reads the same ones.
 FILES = (
@@ -21,15 +21,26 @@ FILES = (
 COST = ("cpu_seconds", "memory_peak_bytes", "io_read_bytes", "io_write_bytes", "tasks_peak")
 
 
+def is_of(name: str) -> bool:
+    """Whether this process is in the control group of the unit."""
+    return any(_ours(name))
+
+
 def of_unit(name: str) -> dict[str, str]:
     """The files of the control group that this process is in, if it is the unit's own."""
     found: dict[str, str] = {}
+    for directory in _ours(name):
+        found |= _read(directory)
+    return found
+
+
+def _ours(name: str) -> Iterator[str]:
+    """The directories of the unit's control group, if this process is in it."""
     with open("/proc/self/cgroup") as listed:
         for line in listed:
             _, controllers, path = line.rstrip("\n").split(":", 2)
             if path.rpartition("/")[2] == name:
-                found |= _read(f"/sys/fs/cgroup/{controllers}{path}")
-    return found
+                yield f"/sys/fs/cgroup/{controllers}{path}"
 
 
 def _read(directory: str) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 The door to both; the master knows no more of a worker than what `Launcher` says.
 `choose` picks: systemd where the daemon itself is a service of a manager that
-has the unit codexd-worker@.service, else child processes.
+has the unit codexd-worker@.service, else child processes; but never those in
+codexd.service, whose protection would keep them from working.
 
 Raises NoLauncher where codexd.yaml demands what the host does not have.
 """
@@ -13,7 +14,7 @@ import os
 from collections.abc import Iterable, Mapping, Set
 from typing import Protocol
 
-from codexd import config, units
+from codexd import cgroup, config, units
 from codexd.config import Config
 from codexd.exits import Ended
 from codexd.processes import Processes
@@ -21,6 +22,9 @@ from codexd.service import Service
 from codexd.units import Units, UnitsMissing
 
 __all__ = ["Launcher", "NoLauncher", "choose"]
+
+
+_OWN = "codexd.service"
 
 
 class NoLauncher(Exception):
@@ -78,6 +82,8 @@ def choose(config_: Config, service: Service, embedded: bool) -> Launcher:
         except UnitsMissing as problem:
             if wanted is config.Launcher.SYSTEMD:
                 raise NoLauncher(f"launcher: systemd does not work here: {problem}") from problem
+            if cgroup.is_of(_OWN):
+                raise NoLauncher(f"{_OWN} cannot start workers: {problem}") from problem
             why = str(problem)
     if left := units.still_there(dirs):
         # Nobody would look after them, and their tasks would be run a second time.

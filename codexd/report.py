@@ -242,6 +242,8 @@ def status(view: View, well: bool, health: Json) -> None:
                 f"workers by {health['launcher']}, inbox by {health['watch']}"
             )
         )
+        if health.get("launcher_why"):
+            print(clean(f"workers: {health['launcher_why']}"))
         if health.get("watch_problem"):
             print(clean(f"inbox: {health['watch_problem']}"))
         _hooks(health.get("hooks"))

@@ -79,6 +79,13 @@ def _print(line: str) -> None:
         pass  # a log on a full disk: work goes on without it, and there is nobody to tell
 
 
+def _drain(fd: int) -> None:
+    try:
+        os.read(fd, 4096)
+    except BlockingIOError:
+        pass  # somebody else has read it, as anybody may who can open the bell
+
+
 class Service:
     """One per program.  `socket` is journald's."""
 
@@ -89,6 +96,7 @@ class Service:
         self._bells: list[int] = []
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._notifier = sdnotify.SystemdNotifier() if "NOTIFY_SOCKET" in os.environ else None
+        os.environ.pop("NOTIFY_SOCKET", None)  # systemd listens to us, not to what we start
         self._status = ""
         ours = journal.is_stderr(os.environ.get("JOURNAL_STREAM"))
         self._journal = journal.Journal(socket) if ours else None
@@ -177,7 +185,7 @@ class Service:
                 return
             self.notify("WATCHDOG=1")
             for fd, _ in poll.poll(max(0.0, pause) * 1000):
-                os.read(fd, 4096)
+                _drain(fd)
 
     def notify(self, message: str) -> None:
         if self._notifier:

@@ -11,7 +11,8 @@ the worker was started.  An exit record, and a ring of the bell (a FIFO that
 workers and ExecStopPost= write to), only make us ask at once.
 
 Raises UnitsMissing where there is no such unit, OSError while systemd does not
-answer: then nobody knows which workers live, and nothing may be started.
+answer: then nobody knows which workers live, and nothing may be started.  It may
+answer later: at a boot D-Bus is slow.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Units:
         self._tend()
 
     def _check(self) -> None:
-        """Whether there is such a unit.  Raises UnitsMissing."""
+        """Whether there is such a unit.  Raises UnitsMissing, OSError."""
         sample = "codexd-worker@00000000t000000-0000000000.service"
         try:
             told = subprocess.run(
@@ -97,9 +98,10 @@ class Units:
         except FileNotFoundError as error:
             raise UnitsMissing("there is no systemctl") from error
         except subprocess.TimeoutExpired as error:
-            raise UnitsMissing(f"systemctl did not answer within {DEADLINE:g} s") from error
+            why = f"systemctl did not answer within {DEADLINE:g} s"
+            raise OSError(errno.ETIMEDOUT, why) from error
         if told.returncode:
-            raise UnitsMissing(f"systemctl: {_first(told.stderr)}")
+            raise OSError(errno.ENOTCONN, f"systemctl: {_first(told.stderr)}")
         if told.stdout.strip() != "loaded":
             why = "the unit codexd-worker@.service is not installed; `codexd install` does it"
             raise UnitsMissing(why)
