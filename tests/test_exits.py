@@ -46,6 +46,26 @@ def test_a_bad_end_tells_what_was_used(tmp_path: Path) -> None:
         assert value <= cgroup.cost(ours)[name]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
+@pytest.mark.parametrize(("state", "stopping"), [
+    ("running", False), ("degraded", False), ("starting", False), ("stopping", True),
+    ("", True), ("unknown", True), ("offline", True),
+])  # fmt: skip
+def test_root_asks_whether_the_host_goes_down(tmp_path: Path, state: str, stopping: bool) -> None:
+    """What is asked is a stand-in; no answer is no cancel.  Here root becomes root."""
+    place, tool = tmp_path / "exits", tmp_path / "systemctl"
+    place.mkdir()
+    tool.write_text(f"#!/bin/sh\necho {state}\nexit 1\n")
+    tool.chmod(0o755)
+    for status in ("KILL", "0"):
+        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "EXIT_STATUS": status}
+        argv = [str(SCRIPT), "unit", ID, BOOT, str(place), "root"]
+        subprocess.run(argv, env=env, check=True, timeout=20)
+        found = exits.read(place / ID)
+        assert found
+        assert found.stopping is (stopping and status != "0")
+
+
 def test_the_bell_rings(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".bell")
     bell = os.open(tmp_path / ".bell", os.O_RDWR | os.O_NONBLOCK)

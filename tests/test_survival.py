@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from codexd.units import unit
 from tests.box import Box
 from tests.box.host import require
 from tests.daemon import until
@@ -59,18 +60,20 @@ def test_fifty_kills_of_the_master_do_not_touch_ten_tasks(box: Box) -> None:
     assert Counter(turn["thread"] for turn in one.asked()).most_common(1)[0][1] == 1
 
 
-@pytest.mark.parametrize("how", ["reboot", "kill"])
+@pytest.mark.parametrize("how", ["reboot", "slow reboot", "kill"])
 def test_the_host_goes_down_in_mid_task(box: Box, how: str) -> None:
     one = started(box)
+    if how == "slow reboot":  # the master sees how the worker ends, and D-Bus is gone before
+        one.drop_in("codexd.service", "[Service]\nExecStop=/bin/sleep 2\n")
     one.drop("---\nsession: s\n---\n[[hold x]]\n[[say after it]]", "first.md")
     one.drop("---\nsession: s\n---\n[[say and then]]", "second.md")
     id = one.running("first")
     thread = until(lambda: _thread(one, id), "its thread")
     until(lambda: one.asked(), "the model was asked")
-    if how == "reboot":
-        box.poweroff()
-    else:
+    if how == "kill":
         box.kill()
+    else:
+        box.poweroff()
     box.boot()
     one.release("x")
     task = one.ended("first")
@@ -81,6 +84,20 @@ def test_the_host_goes_down_in_mid_task(box: Box, how: str) -> None:
     resumed = [turn for turn in one.asked() if "hold x" in turn["prompt"]]
     assert len(resumed) == 1, "the model of this boot was asked once"
     assert "interrupted" in resumed[0]["prompt"], "and was told so"
+
+
+def test_a_task_where_there_is_only_cgroup_v2() -> None:
+    require("unified")
+    with Box("unified") as box:
+        one = started(box)
+        one.drop("[[shell echo in $PWD]]\n[[say of v2]]", "two.md")
+        task = one.ended("two")
+        assert (task["state"], one.answer("two")[1]) == ("done", "of v2\n")
+        assert task["cost"]["cpu_seconds"] > 0
+        one.drop("---\nattempts: 1\n---\n[[shell sleep 1414]]", "killed.md")
+        box.run("systemctl", "kill", "--signal=SIGKILL", unit(one.running("killed")))
+        killed = one.ended("killed")
+        assert (killed["outcome"], killed["cost"]["cpu_seconds"] > 0) == ("signal", True)
 
 
 def _thread(one: Installed, id: str) -> str | None:
