@@ -295,6 +295,7 @@ def main() -> None:
     if bound.listening:
         asyncio.run(_run(config, service, bound))
     else:
+        service.ready()  # else systemd would take this for a failure, and try again
         service.log(Level.INFO, "http.off", why="http.listen is off")
     sys.exit(Exit.DONE)
 

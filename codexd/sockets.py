@@ -30,6 +30,7 @@ from codexd.program import Exit
 BACKLOG = 1024  # the kernel cuts it to net.core.somaxconn
 MODE = 0o660
 _FIRST = 3  # the first descriptor that socket activation passes
+_ACCEPTS, _LISTENS = "00010000", "0A"  # flags and state in /proc/net
 _TOKEN = re.compile(rb"[!-~]{16,512}")
 _MAKE = "make one: (umask 077; openssl rand -hex 32 > {})"
 
@@ -59,6 +60,8 @@ def bind(config: HttpConfig, env: MutableMapping[str, str]) -> Bound:
     """Listen.  Takes LISTEN_* out of `env`.  Raises NoSocket."""
     listening = _inherited(env)
     if config.listen is None:
+        for sock in listening:
+            _send_away(sock)
         return Bound([])
     if not listening:
         if isinstance(config.listen, Path):
@@ -84,6 +87,24 @@ def address(sock: socket.socket) -> str:
         return f"unix:{sock.getsockname()}"
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def listens(where: Path | tuple[str, int]) -> bool:
+    """Whether anybody on this host listens there, as the kernel tells everybody."""
+    if isinstance(where, Path):
+        rows = (line.split(maxsplit=7) for line in _table("unix"))
+        return any(row[3] == _ACCEPTS and row[7:] == [str(where)] for row in rows)
+    family = socket.AF_INET6 if ":" in where[0] else socket.AF_INET
+    packed = socket.inet_pton(family, where[0])
+    words = struct.unpack(f"={len(packed) // 4}I", packed)
+    wanted = "".join(f"{word:08X}" for word in words) + f":{where[1]:04X}"
+    rows = (line.split() for line in _table("tcp6" if ":" in where[0] else "tcp"))
+    return any(row[1] == wanted and row[3] == _LISTENS for row in rows)
+
+
+def _table(name: str) -> list[str]:
+    """The sockets of a kind, see proc(5)."""
+    return Path("/proc/net", name).read_text("utf-8", "replace").splitlines()[1:]
 
 
 # --- socket activation ----------------------------------------------------------
@@ -112,6 +133,19 @@ def _adopted(fd: int) -> socket.socket:
         raise NoSocket(Exit.CONFIGURATION, why)
     sock.set_inheritable(False)
     return sock
+
+
+def _send_away(sock: socket.socket) -> None:
+    """Close what waits to be accepted, for which systemd would start us again and again."""
+    sock.setblocking(False)
+    while True:
+        try:
+            sock.accept()[0].close()
+        except BlockingIOError:
+            break
+        except ConnectionAbortedError:
+            continue
+    sock.close()
 
 
 def _is_local(sock: socket.socket) -> bool:

@@ -495,6 +495,27 @@ def test_an_inherited_socket_that_is_open_to_others_is_refused(tmp_path: Path, w
     assert "ListenStream= must be a path or 127.0.0.1:PORT" in log
 
 
+def test_off_sends_away_who_waits_at_an_inherited_socket(tmp_path: Path) -> None:
+    """As long as somebody waits, systemd starts the server; and it has to come up to be done."""
+    with socket.socket(socket.AF_UNIX) as sock, socket.socket(socket.AF_UNIX) as client, \
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:  # fmt: skip
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(PATIENCE)
+        sock.bind(str(tmp_path / "given.sock"))
+        sock.listen()
+        client.settimeout(PATIENCE)
+        client.connect(str(tmp_path / "given.sock"))
+        os.environ["NOTIFY_SOCKET"] = str(tmp_path / "notify")
+        try:
+            child = activated(tmp_path, sock, "http:\n  listen: off\n")
+        finally:
+            del os.environ["NOTIFY_SOCKET"]
+        _, log = child.communicate(timeout=PATIENCE)
+        assert (child.returncode, "http.off" in log) == (Exit.DONE, True)
+        assert manager.recv(100) == b"READY=1"
+        assert client.recv(100) == b""
+
+
 def test_the_manager_is_told(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
