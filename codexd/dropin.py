@@ -76,7 +76,7 @@ def _personal(config: Config) -> list[str]:
     own = Path.home() / ".codex"
     if config.dirs.systemwide or config.codex.home.is_relative_to(own):
         return []
-    return ["[Service]", f"InaccessiblePaths=-{_named(own)}"]
+    return ["[Service]", f"InaccessiblePaths={_quoted(f'-{_named(own)}')}"]
 
 
 def _listen(config: Config) -> list[str]:
@@ -122,7 +122,11 @@ def _bound(path: Path) -> str:
     """A bind that shows `path` under its own name, wherever a link in it leads."""
     real = os.path.realpath(path)
     told = f"-{_named(path)}" if real == str(path) else f"-{_named(real)}:{_named(path)}"
-    return f'"{told}"' if " " in told else told
+    return _quoted(told)
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"' if " " in word else word
 
 
 def _named(path: str | Path) -> str:

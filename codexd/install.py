@@ -1,11 +1,12 @@
-"""codexd install, codexd uninstall: units for this installation, laid down and taken away.
+"""codexd install: units for this installation, laid down; `uninstall` takes them away.
 
 `codexd install` writes what `layout` and `dropin` plan, where it is not there
 yet, and tells of each file what it did.  It can be repeated: after an upgrade,
 and after each change of codexd.yaml that `codexd doctor` finds missing in the
-units.  What somebody edited is never written over and never removed; drop-ins
-of other names are not even looked at.  Where a distribution's package has the
-units, only what follows from codexd.yaml is written.
+units; it says what to restart for it, and restarts nothing.  What somebody edited
+is never written over and never removed; drop-ins of other names are not even
+looked at.  Where a distribution's package has the units, only what follows from
+codexd.yaml is written.
 
 With --prefix everything goes below that directory and nothing is run.
 
@@ -22,7 +23,7 @@ import site
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,6 +50,11 @@ class Scene:
     config: Config
     user: bool
     prefix: Path | None
+
+    @property
+    def manager(self) -> list[str]:
+        """systemctl, for the right systemd."""
+        return ["systemctl", *(["--user"] if self.user else [])]
 
     @property
     def packaged(self) -> bool:
@@ -146,7 +152,7 @@ def plan(scene: Scene) -> dict[Path, File]:
     named = target.scripts
     if scene.prefix:
         named = Path("/", named.relative_to(scene.prefix))
-    for one in (place, named):
+    for one in (place, named, *([scene.config.dirs.state] if scene.user else [])):
         if any(c in "%\"'\\$" or c.isspace() for c in str(one)):
             raise Trouble(Exit.FAILED, f"{one}: a unit cannot name such a path; install elsewhere")
     found = sources(data(), scene.user)
@@ -185,21 +191,21 @@ def text_of(path: Path) -> str | None:
 def install(args: argparse.Namespace) -> int:
     """The verb."""
     os.umask(0o022)  # everybody may read what is laid down, and user codexd has to
-    one = _asked(args, "lays down units for the whole system")
+    one = asked(args, "lays down units for the whole system")
     planned = plan(one)
     if not one.user and not one.prefix:
         _reachable(own_places(programs()))
-    lay(planned, one.target)
+    changed = lay(planned, one.target)
     if one.prefix:
         return Exit.DONE
     _directories(one)
     _run_tools(one)
-    for line in _next(one):
+    for line in (*_next(one), *_restarts(one, changed)):
         print(line)
     return Exit.DONE
 
 
-def _asked(args: argparse.Namespace, what: str) -> Scene:
+def asked(args: argparse.Namespace, what: str) -> Scene:
     """Raises Trouble, config.ConfigError."""
     if hasattr(args, "root") or hasattr(args, "config"):
         why = "--root and --config are not for units: they use the paths of the system or the user"
@@ -216,8 +222,9 @@ def _asked(args: argparse.Namespace, what: str) -> Scene:
     return scene(args.user, prefix)
 
 
-def lay(planned: Mapping[Path, File], target: Target) -> None:
-    """Make the files what they should be, as far as they are ours."""
+def lay(planned: Mapping[Path, File], target: Target) -> list[Path]:
+    """Make the files what they should be, as far as they are ours; those that changed."""
+    changed = []
     for path, file in sorted(planned.items()):
         stand = layout.stand(text_of(path), file.text)
         if stand is Stand.EDITED:
@@ -226,22 +233,26 @@ def lay(planned: Mapping[Path, File], target: Target) -> None:
         if stand is not Stand.SAME:
             path.parent.mkdir(parents=True, exist_ok=True)
             durable.write(path, file.text.encode(), file.mode)
+            changed.append(path)
         if stat.S_IMODE(path.stat().st_mode) != file.mode:
             path.chmod(file.mode)  # a umask took some away
         print(f"{'found' if stand is Stand.SAME else 'wrote':9} {path}")
-    _remove(layout.strays(laid(target), planned))
+    return changed + remove(layout.strays(laid(target), planned))
 
 
-def _remove(paths: list[Path]) -> None:
+def remove(paths: list[Path]) -> list[Path]:
     """Take away what some install wrote; keep what somebody changed."""
+    removed = []
     for path in paths:
         if not layout.is_intact(text_of(path) or ""):
             print(f"kept      {path}: it is not as codexd wrote it")
             continue
         path.unlink()
+        removed.append(path)
         print(f"removed   {path}")
         if path.parent.suffix == ".d" and not any(path.parent.iterdir()):
             path.parent.rmdir()
+    return removed
 
 
 def _reachable(places: list[Path]) -> None:
@@ -265,30 +276,37 @@ def _directories(one: Scene) -> None:
 def _run_tools(one: Scene) -> None:
     """What makes the files take effect.  Raises Trouble."""
     if not one.user:
-        _run("systemd-sysusers", "codexd.conf")
-        _run("systemd-tmpfiles", "--create", "codexd.conf")
-        _run("journalctl", "--update-catalog")
+        run("systemd-sysusers", "codexd.conf")
+        run("systemd-tmpfiles", "--create", "codexd.conf")
+        run("journalctl", "--update-catalog")
     if BOOTED.is_dir():
         # Who came by su or sudo may have no systemd running.
-        _run("systemctl", *(["--user"] if one.user else []), "daemon-reload", need=not one.user)
+        run(*one.manager, "daemon-reload", need=not one.user)
     else:
         print("skipped   systemctl daemon-reload: systemd does not run here")
 
 
-def _run(*command: str, need: bool = True) -> bool:
+def run(*command: str, need: bool = True) -> bool:
     """Run a tool, where it is there.  Raises Trouble where it must work and does not."""
     told = " ".join(command)
     if not shutil.which(command[0]):
         print(f"skipped   {told}: there is no {command[0]}")
         return False
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=_WAIT, stdin=subprocess.DEVNULL
-    )
-    why = " ".join((done.stderr or done.stdout).split())[:300]
-    if done.returncode and need:
-        raise Trouble(Exit.FAILED, f"{told}: status {done.returncode}: {why}")
-    print(f"failed    {told}: {why}" if done.returncode else f"ran       {told}")
-    return done.returncode == 0
+    status, why = _ended(command)
+    if status and need:
+        raise Trouble(Exit.FAILED, f"{told}: status {status}: {why}")
+    print(f"failed    {told}: {why}" if status else f"ran       {told}")
+    return status == 0
+
+
+def _ended(command: Sequence[str]) -> tuple[int, str]:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_WAIT, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return -1, f"not done after {_WAIT} s"
+    return done.returncode, " ".join((done.stderr or done.stdout).split())[:300]
 
 
 def _next(one: Scene) -> Iterator[str]:
@@ -309,37 +327,15 @@ def _next(one: Scene) -> Iterator[str]:
     yield f"or put a key:    (umask 077; echo CODEX_API_KEY=... > {key})"
     if one.config.http.listen is None:
         option = "--user " if one.user else ""
-        yield f"HTTP is off:     systemctl {option}disable --now codexd-http.socket"
+        yield f"HTTP is off:     systemctl {option}mask --now codexd-http.socket"
     yield "See how it is:   codexd doctor" + ("" if one.user else ", as root")
 
 
-# --- uninstall ----------------------------------------------------------------------------
-
-
-def uninstall(args: argparse.Namespace) -> int:
-    """The verb: state, configuration, user and group stay."""
-    one = _asked(args, "takes units of the whole system away")
-    manager = ["systemctl", *(["--user"] if one.user else [])]
-    found = list(laid(one.target))
-    live = bool(found) and BOOTED.is_dir() and not one.prefix
-    if live and not one.packaged:
-        names = ["codexd.service", "codexd-http.socket", "codexd-http.service"]
-        _run(*manager, "disable", "--now", *names, need=False)
-        # After the master, which would take their end for a cancel.
-        instances = ("codexd-schedule@*.timer", "codexd-worker@*.service", "codexd-hook@*.service")
-        _run(*manager, "stop", *instances, need=False)
-    _remove(found)
-    if one.prefix:
-        return Exit.DONE
-    if found and not one.user:
-        _run("journalctl", "--update-catalog", need=False)
-    if live:
-        _run(*manager, "daemon-reload", need=False)
-    if not found:
-        print("found     nothing that codexd install wrote")
-    dirs = one.config.dirs
-    places = sorted({str(p) for p in (dirs.state, dirs.inbox.parent, dirs.config_file.parent)})
-    print(f"\nTasks, answers and configuration stay in {', '.join(places)}.")
-    if one.packaged:
-        print("The units are a package's: apt remove codexd")
-    return Exit.DONE
+def _restarts(one: Scene, changed: Iterable[Path]) -> Iterator[str]:
+    """What runs as its files were before."""
+    names = {name for path in changed for name in (path.name, path.parent.name[:-2])}
+    if not BOOTED.is_dir():
+        return
+    for unit in (dropin.MASTER, dropin.SOCKET, dropin.HTTP):
+        if unit in names and not _ended((*one.manager, "is-active", "--quiet", unit))[0]:
+            yield f"It has changed:  {' '.join(one.manager)} restart {unit}"

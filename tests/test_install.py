@@ -172,7 +172,13 @@ def test_what_is_refused(command: Path, tmp_path: Path) -> None:
     spaced.mkdir()
     done = run(programs(spaced), "install", "--prefix", str(tmp_path))
     assert (done.returncode, "a unit cannot name such a path" in done.stderr) == (1, True)
+    for name in ("a b", 'a"b', "a$b", "50%"):
+        env = {"HOME": str(tmp_path), "XDG_STATE_HOME": f"{tmp_path}/{name}"}
+        done = run(command, "install", "--user", "--prefix", str(tmp_path / "x"), **env)
+        why = f"codexd: {tmp_path}/{name}/codexd: a unit cannot name such a path"
+        assert (done.returncode, done.stderr.startswith(why)) == (1, True), done.stderr
     assert not (tmp_path / "usr").exists()
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_files_of_a_wheel_are_found(tmp_path: Path) -> None:
@@ -247,6 +253,14 @@ def test_a_codex_and_a_codex_home_elsewhere(tmp_path: Path) -> None:
             f"BindReadOnlyPaths=-{package}/codex:{tmp_path}/link",
         ]
     assert "codexd-http.service" not in found
+
+
+def test_a_login_of_ones_own_in_a_home_with_a_blank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/a b")
+    found = dropin.texts(configured(tmp_path, "", Directories.user({"HOME": "/home/x"})), [], None)
+    assert found["codexd-worker@.service"] == ('[Service]\nInaccessiblePaths="-/home/a b/.codex"\n')
 
 
 def test_http_over_tcp_is_the_sockets(tmp_path: Path) -> None:
@@ -371,6 +385,32 @@ def test_an_installation_from_the_first_to_the_last_day(box: Box) -> None:
     assert left == {"/etc/codexd/codexd.yaml"}
     assert box.run("ls", own, "/etc/codexd/api.env", "/var/lib/codexd/tasks.md").returncode == 0
     assert "nothing that codexd install wrote" in box.run(command, "uninstall").stdout
+
+
+class Laid(Installed):
+    """By `codexd install`."""
+
+    def lay_down(self) -> None:
+        self.configure(f"codex: {{bin: {CODEX}}}\n")
+        self.box.run(self.program, "install")
+
+
+@box_tests
+def test_what_was_running_goes_on_after_an_uninstall_and_an_install() -> None:
+    """In the same boot; nobody has cancelled it."""
+    require("hybrid")
+    with Box("hybrid") as box:
+        codexd = Laid(box)
+        box.run("systemctl", "enable", "--now", "codexd")
+        codexd.drop("[[first 1 [[hold back]]]]\n[[say went on]]", "back.md")
+        id = codexd.running("back")
+        box.run(codexd.program, "uninstall")
+        codexd.wait_gone()
+        box.run(codexd.program, "install")
+        box.run("systemctl", "enable", "--now", "codexd")
+        task = codexd.ended("back")
+        assert (task["id"], task["state"]) == (id, "done"), task
+        assert codexd.answer("back")[1] == "went on\n"
 
 
 @box_tests

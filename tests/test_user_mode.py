@@ -237,6 +237,20 @@ def test_limits_of_a_task(mine: Mine) -> None:
     until(lambda: not mine.sh(f"ls {control}", check=False), "no drop-in is left")
 
 
+def test_she_is_told_that_her_daemon_fails(mine: Mine) -> None:
+    mine.box.push({f"{CONFIG}/notify": f"#!/bin/sh\necho $1 >> {HOME}/told\n"}, 0o755, ALICE)
+    valid = mine.box.pull(f"{CONFIG}/codexd.yaml")
+    mine.box.push({f"{CONFIG}/codexd.yaml": "wrokers: 1\n"}, owner=ALICE)
+    mine.systemctl("restart", "codexd", check=False)
+    try:
+        until(lambda: int(mine.shown("codexd", "NRestarts")) > 1, "systemd tries again")
+        until(lambda: mine.sh(f"cat {HOME}/told", check=False), "a notice")
+    finally:
+        mine.box.push({f"{CONFIG}/codexd.yaml": valid}, owner=ALICE)
+    until(lambda: mine.shown("codexd", "SubState") == "running", "it runs")
+    assert mine.sh(f"cat {HOME}/told") == "codexd\n"
+
+
 def test_a_schedule(mine: Mine) -> None:
     mine.box.push({f"{STATE}/schedules/daily.md": "[[say It is time.]]\n"}, owner=ALICE)
     timer = f"{HOME}/.config/systemd/user/codexd-schedule@daily.timer.d/when.conf"
@@ -275,6 +289,8 @@ def test_uninstall_leaves_the_work(mine: Mine) -> None:
     )
     told = mine.codexd("uninstall", "--user").stdout
     assert f"Tasks, answers and configuration stay in {CONFIG}, {STATE}.\n" in told
+    exits = f"/run/user/{mine.uid}/codexd/exits"
+    assert not mine.sh(f"ls -d {exits}", check=False), "what was stopped was not cancelled"
     assert mine.shown("codexd.service", "LoadState") == "not-found"
     assert mine.sh(f"ls {HOME}/.local/share/systemd/user {HOME}/.local/lib/codexd") == (
         f"{HOME}/.local/lib/codexd:\n\n{HOME}/.local/share/systemd/user:\n"
