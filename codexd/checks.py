@@ -1,8 +1,7 @@
-"""What `codexd doctor` looks at: Python, Codex, the directories, the host.
+"""What `codexd doctor` looks at: Python, the configuration, the directories, the host.
 
-Each check is a function from the Host to findings, and changes nothing (what of
-Codex is run, runs as the user of the service).  The checks of units are in
-`unitchecks`, the table of all in `doctor`.
+Each check is a function from the Host to findings, and changes nothing.  The checks of
+Codex are in `codexchecks`, those of units in `unitchecks`, the table of all in `doctor`.
 
 A check may raise OSError where it may not look; that is a finding, too.
 """
@@ -12,11 +11,9 @@ from __future__ import annotations
 import os
 import pwd
 import re
-import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,19 +21,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from codexd import codex, profile, spool
+from codexd import codex, spool
 from codexd.config import Config, Directories
 
 _LEAST = {"PyYAML": (6, 0), "watchdog": (2, 2), "sdnotify": (0, 3)}
 _PYTHON = (3, 11)
 _WAIT = 30  # seconds for a tool
 _ROOM = 1 << 30  # bytes of free disk below which it is worth a word
-_ALWAYS = "CODEX_API_KEY"
-# What keeps a user from making namespaces: the kernel's setting, and what it has to be.
-_NAMESPACES = {
-    "kernel.apparmor_restrict_unprivileged_userns": "0",
-    "kernel.unprivileged_userns_clone": "1",
-}
 
 
 class Status(StrEnum):
@@ -123,10 +114,14 @@ def said(command: list[str], **options: Any) -> tuple[int, str]:
 
 
 def become(user: pwd.struct_passwd) -> dict[str, Any]:
-    """For a tool that has to run as the service's user."""
+    """For a tool that has to run as the service's user, who may have written it.
+
+    In a session of its own: it could type into root's terminal.
+    """
     if os.geteuid() == user.pw_uid:
         return {}
-    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+    who = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+    return {**who, "start_new_session": True}
 
 
 # --- programs ---------------------------------------------------------------------------
@@ -156,97 +151,6 @@ def configuration(host: Host) -> Findings:
         yield ok(f"{file} is valid" if file.exists() else f"there is no {file}: the defaults")
 
 
-def cli(host: Host) -> Findings:
-    """Codex itself."""
-    try:
-        found = host.codex
-        version = codex.version(found, codex.environment(os.environ, "/nonexistent", []))
-    except codex.Missing as missing:
-        yield fail(str(missing), "npm install -g @openai/codex, or codex.bin in codexd.yaml")
-        return
-    yield ok(f"Codex {'.'.join(map(str, version))}: {found}")
-
-
-def rg(host: Host) -> Findings:
-    try:
-        package = Path(os.path.realpath(host.codex)).parent.parent
-    except codex.Missing:
-        package = Path("/nonexistent")
-    found = shutil.which("rg", path=host.path) or shutil.which("rg", path=package / "codex-path")
-    if found:
-        yield ok(f"notes are searched by {found}")
-    else:
-        yield warn("there is no rg: notes are searched by slower means", "apt install ripgrep")
-
-
-def login(host: Host) -> Findings:
-    """Whether Codex has a login, or a key where workers get it from."""
-    home = host.config.codex.home
-    try:
-        wanted = codex.env_keys((home / "config.toml").read_text("utf-8"))
-    except FileNotFoundError:
-        wanted = []
-    except ValueError as error:
-        yield fail(f"{home}/config.toml: {error}", "mend that line")
-        return
-    names = {_ALWAYS, *wanted}
-    there = _keys(host.keys_file) & names if host.units else names & os.environ.keys()
-    where = host.keys_file if host.units else "the environment of codexd serve"
-    if (home / "auth.json").is_file():
-        yield ok(f"Codex is logged in ({home}/auth.json)")
-    elif there:
-        yield ok(f"{', '.join(sorted(there))} is set in {where}")
-    else:
-        prefix = "runuser -u codexd -- env " if host.dirs.systemwide else ""
-        what = f"neither a login in {home} nor {' or '.join(sorted(names))} in {where}"
-        yield fail(what, f"{prefix}CODEX_HOME={home} codex login")
-
-
-def _keys(file: Path) -> set[str]:
-    """The variables that an EnvironmentFile= sets.  Raises OSError when it is not for us."""
-    try:
-        lines = file.read_text("utf-8", "replace").splitlines()
-    except FileNotFoundError:
-        return set()
-    split = (line.partition("=") for line in lines if not line.lstrip().startswith(("#", ";")))
-    return {name.strip() for name, _, value in split if value.strip()}
-
-
-def sandbox(host: Host) -> Findings:
-    """Codex's sandbox, tried now; a broken one is not told by a turn."""
-    user = host.user
-    try:
-        found = host.codex
-    except codex.Missing:
-        return
-    if user is None:
-        return
-    with tempfile.TemporaryDirectory(prefix="codexd-doctor-") as place:
-        options = become(user)
-        if options:
-            os.chown(place, user.pw_uid, user.pw_gid)
-        env = {**codex.environment(os.environ, place, []), "HOME": place}
-        command = [found, "sandbox", "--", "true"]
-        status, text = said(command, env=env, cwd=place, **options)
-    if status == 0:
-        yield ok(f"Codex's sandbox works for {user.pw_name}")
-    else:
-        why = " ".join(text.split())[:300]
-        mend = (
-            "sysctl kernel.unprivileged_userns_clone kernel.apparmor_restrict_unprivileged_userns"
-        )
-        yield fail(f"Codex's sandbox does not work for {user.pw_name}: {why}", mend)
-
-
-def secrets(host: Host) -> Findings:
-    """Whether commands of the model are kept from what they must not read."""
-    if why := profile.why_not(host.config):
-        mend = "see SECURITY CONSIDERATIONS in codexd(7)"
-        yield warn(f"commands of the model can read secrets: {why}", mend)
-    else:
-        yield ok("secrets are kept from commands of the model by a permission profile")
-
-
 # --- files --------------------------------------------------------------------------------
 
 
@@ -258,7 +162,11 @@ def directories(host: Host) -> Findings:
         return
     wanted = {dirs.inbox: 0o3770, host.config.codex.home: 0o700}
     wanted |= dict.fromkeys((dirs.state, dirs.tasks, dirs.answers, dirs.rejected, dirs.work), 0o750)
-    make = "systemd-tmpfiles --create codexd.conf" if dirs.systemwide else "start codexd"
+    make = "codexd serve"  # which makes them
+    if dirs.systemwide:
+        make = "systemd-tmpfiles --create codexd.conf"
+    elif host.units:
+        make = f"{' '.join(host.manager)} start codexd"
     bad = 0
     for path, mode in wanted.items():
         try:

@@ -60,7 +60,7 @@ def install(args: argparse.Namespace) -> int:
 
 
 def uninstall(args: argparse.Namespace) -> int:
-    from codexd.install import uninstall as run
+    from codexd.uninstall import uninstall as run
 
     return run(args)
 
@@ -139,12 +139,12 @@ def control(args: argparse.Namespace) -> int:
         report.lines(retried(view, ids))
         return Exit.DONE
     for id in ids:
-        give(view.dirs.inbox, f"{id}.{args.control}")
+        give(view.dirs, f"{id}.{args.control}")
     return Exit.DONE
 
 
 def gate(args: argparse.Namespace) -> int:
-    give(directories(args).inbox, f"all.{args.verb}")
+    give(directories(args), f"all.{args.verb}")
     return Exit.DONE
 
 
@@ -153,7 +153,7 @@ def drain(args: argparse.Namespace) -> int:
     if timeout is not None and not args.wait:
         raise Trouble(Exit.USAGE, "--timeout: only with --wait")
     view = View(directories(args))
-    give(view.dirs.inbox, "all.drain")
+    give(view.dirs, "all.drain")
     return until_drained(view, timeout) if args.wait else Exit.DONE
 
 
@@ -182,7 +182,7 @@ def session_reset(args: argparse.Namespace) -> int:
     if len(os.fsencode(name)) > _LONGEST_NAME:
         why = "its name is too long for a control file; say `resume: never` in its next task"
         raise Trouble(Exit.FAILED, f"session {args.name}: {why}")
-    give(view.dirs.inbox, name)
+    give(view.dirs, name)
     return Exit.DONE
 
 
@@ -207,11 +207,12 @@ def memory(args: argparse.Namespace) -> int:
 
 
 def status(args: argparse.Namespace) -> int:
-    view = View(directories(args))
-    well, health = view.health()
     if hasattr(args, "json"):
+        well, health = View(directories(args)).health()
         report.dump(health)
     else:
+        view = view_of(args)
+        well, health = view.health()
         report.status(view, well, health)
     return Exit.DONE if well else Exit.UNAVAILABLE
 

@@ -142,9 +142,12 @@ def _names(directory: str, prefix: str) -> list[str]:
         return []  # not this layout
 
 
-def version(binary: str, env: Mapping[str, str], wait: float = 10) -> tuple[int, int, int]:
+def version(
+    binary: str, env: Mapping[str, str], wait: float = 10, **become: Any
+) -> tuple[int, int, int]:
     """The version of `binary`, asked from it within `wait` seconds.
 
+    `become` is for subprocess: whom it is run as, where that is not us.
     Raises Missing or TooOld.
     """
     import subprocess
@@ -157,6 +160,7 @@ def version(binary: str, env: Mapping[str, str], wait: float = 10) -> tuple[int,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=wait,
+            **become,
         )
     except subprocess.TimeoutExpired:
         text = f"{binary} --version did not answer within {wait:g} s"

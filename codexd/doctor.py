@@ -1,7 +1,7 @@
 """codexd doctor: is this host ready?  Each thing that is not, with the command that mends it.
 
-Runs the checks of `checks` and `unitchecks`, in the order of TABLE, which is
-that in which things have to be mended.  Needs neither root nor systemd nor a
+Runs the checks of `checks`, `codexchecks` and `unitchecks`, in the order of TABLE,
+which is that in which things have to be mended.  Needs neither root nor systemd nor a
 daemon; what it may not look at, it says.  Changes nothing.
 
 The exit status is 1 if a check failed; a warning is no failure.
@@ -15,23 +15,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from codexd import checks, config, install, report, unitchecks
+from codexd import checks, codexchecks, config, install, report, unitchecks
 from codexd.checks import Finding, Findings, Host, Status
 from codexd.config import ConfigError, Directories, Launcher
-from codexd.program import Exit, directories
+from codexd.program import Exit, directories, elsewhere
 
 TABLE: dict[str, Callable[[Host], Findings]] = {
     "python": checks.python,
     "config": checks.configuration,
-    "codex": checks.cli,
+    "codex": codexchecks.cli,
     "path": unitchecks.service_path,
     "directories": checks.directories,
-    "login": checks.login,
+    "login": codexchecks.login,
     "keys": checks.keys,
-    "sandbox": checks.sandbox,
-    "secrets": checks.secrets,
+    "sandbox": codexchecks.sandbox,
+    "secrets": codexchecks.secrets,
     "hooks": unitchecks.hooks,
-    "notes": checks.rg,
+    "notes": codexchecks.rg,
     "places": unitchecks.places,
     "units": unitchecks.files,
     "drop-ins": unitchecks.drop_ins,
@@ -49,7 +49,12 @@ TABLE: dict[str, Callable[[Host], Findings]] = {
 
 def doctor(args: argparse.Namespace) -> int:
     """The verb."""
-    found = list(examine(host(args)))
+    one = host(args)
+    if hint := elsewhere(one.dirs):
+        # Somebody who uses the system's has none to be looked at.
+        found = [("group", checks.ok(f"nothing of your own is here; {hint}"))]
+    else:
+        found = list(examine(one))
     if hasattr(args, "json"):
         report.dump(
             [{"check": n, "status": f.status, "what": f.what, "mend": f.mend} for n, f in found]

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """The verbs.  Raises Trouble, OSError, LedgerBroken."""
     dirs = directories(args)
     if args.ledger == "compact":
-        give(dirs.inbox, "all.compact")
+        give(dirs, "all.compact")
         return Exit.DONE
     try:
         return _verify(dirs, args) if args.ledger == "verify" else _export(dirs, args)

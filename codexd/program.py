@@ -62,6 +62,16 @@ def directories(args: argparse.Namespace) -> config.Directories:
     )
 
 
+def elsewhere(dirs: config.Directories) -> str | None:
+    """How to reach the system's codexd, for who has none of their own and may submit to it."""
+    system = config.Directories.system()
+    alone = not (dirs.rooted or dirs.systemwide or dirs.state.exists())
+    if not alone or not os.access(system.inbox, os.W_OK | os.X_OK):
+        return None
+    http = f"curl --unix-socket {system.http_socket} http://localhost/tasks"
+    return f"the system's codexd takes files dropped into {system.inbox}, and HTTP: {http}"
+
+
 def load(args: argparse.Namespace) -> config.Config:
     """The checked configuration.  Raises config.ConfigError."""
     return config.load(directories(args), explicit=hasattr(args, "config"))

@@ -12,13 +12,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import BinaryIO
 
 from codexd import config, report, spool, taskfile
 from codexd.document import Document, Form, Scalar
 from codexd.model import Note, Request, State
-from codexd.program import Exit, directories
+from codexd.program import Exit, directories, elsewhere
 from codexd.view import Json, View
 
 POLL = 0.03  # seconds between looks at the ledger while somebody waits
@@ -40,9 +39,13 @@ def view_of(args: argparse.Namespace) -> View:
     """The state; a mistyped --root is not an empty one."""
     view = View(directories(args))
     if not view.dirs.inbox.is_dir():
-        where = f"there is no inbox {view.dirs.inbox}"
-        raise Trouble(Exit.UNAVAILABLE, f"{where}: was `codexd serve` ever started there?")
+        raise _no_inbox(view.dirs)
     return view
+
+
+def _no_inbox(dirs: config.Directories) -> Trouble:
+    hint = elsewhere(dirs) or "was `codexd serve` ever started there?"
+    return Trouble(Exit.UNAVAILABLE, f"there is no inbox {dirs.inbox}: {hint}")
 
 
 def has_ended(task: Json) -> bool:
@@ -106,8 +109,8 @@ def ask(args: argparse.Namespace) -> int:
     if not well and health["status"] == "down":
         raise Trouble(
             Exit.UNAVAILABLE,
-            f"codexd is not serving {view.dirs.state}: start it with `codexd serve`. "
-            "Nothing was submitted",
+            f"codexd is not serving {view.dirs.state}: "
+            f"{elsewhere(view.dirs) or 'start it with `codexd serve`'}. Nothing was submitted",
         )
     timeout = seconds(args.timeout)
     id = _deliver(view, _request(args))
@@ -163,25 +166,25 @@ def _deliver(view: View, request: Request) -> str:
     try:
         spool.deliver(view.dirs.inbox, f"{id}.json", taskfile.dump(request))
     except OSError as error:
-        raise _undelivered(view.dirs.inbox, error) from error
+        raise _undelivered(view.dirs, error) from error
     return id
 
 
-def give(inbox: Path, name: str) -> None:
+def give(dirs: config.Directories, name: str) -> None:
     try:
-        spool.deliver_control(inbox, name)
+        spool.deliver_control(dirs.inbox, name)
     except OSError as error:
-        raise _undelivered(inbox, error) from error
+        raise _undelivered(dirs, error) from error
 
 
-def _undelivered(inbox: Path, error: OSError) -> Trouble:
+def _undelivered(dirs: config.Directories, error: OSError) -> Trouble:
     """Why the inbox did not take a file."""
     if isinstance(error, PermissionError):
         why = "you may not put files there; those of its group may"
-        return Trouble(Exit.PERMISSION, f"{inbox}: {why}")
+        return Trouble(Exit.PERMISSION, f"{dirs.inbox}: {why}")
     if isinstance(error, FileNotFoundError):
-        return Trouble(Exit.UNAVAILABLE, f"there is no inbox {inbox}: was codexd started here?")
-    return Trouble(Exit.UNAVAILABLE, f"{inbox}: {error.strerror}")
+        return _no_inbox(dirs)
+    return Trouble(Exit.UNAVAILABLE, f"{dirs.inbox}: {error.strerror}")
 
 
 def _word(view: View, id: str, seconds: float = WORD) -> str:
@@ -258,7 +261,7 @@ def retried(view: View, ids: list[str]) -> list[str]:
     before = {str(task["id"]) for task in view.short_list()}
     serving = view.health()[1]["status"] != "down"
     for id in ids:
-        give(view.dirs.inbox, f"{id}.retry")
+        give(view.dirs, f"{id}.retry")
     if not serving:
         print("codexd: not serving now; that waits in the inbox", file=sys.stderr)
     end = time.monotonic() + (WORD if serving else 0.0)

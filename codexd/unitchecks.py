@@ -14,12 +14,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from codexd import codex, dropin, install, layout
-from codexd.checks import Findings, Host, become, fail, ok, said, warn
+from codexd import codex, dropin, install, layout, sockets
+from codexd.checks import Finding, Findings, Host, become, fail, ok, said, warn
 from codexd.layout import Stand
 from codexd.submit import Trouble
 from codexd.view import View
 
+_SHOWN = "LoadState,UnitFileState,ActiveState,NeedDaemonReload,Result,NRestarts"
+_BOOTS = ("enabled", "static", "linked", "enabled-runtime", "indirect")  # indirect: by its Also=
 _HOMES = ["/home", "/root", "/run/user"]  # what ProtectHome= means
 _CGROUPS = Path("/sys/fs/cgroup")
 _LINGER = Path("/var/lib/systemd/linger")
@@ -167,26 +169,48 @@ def units(host: Host) -> Findings:
     """Whether systemd has read the units, and starts them."""
     if not host.units:
         return
-    control = " ".join(host.manager)
-    for unit in (dropin.MASTER, dropin.SOCKET):
-        if unit == dropin.SOCKET and host.config.http.listen is None:
-            continue
-        names = "--property=LoadState,UnitFileState,ActiveState,NeedDaemonReload"
-        status, text = said([*host.manager, "show", names, "--", unit])
+    control, listen = " ".join(host.manager), host.config.http.listen
+    for unit in (dropin.MASTER, dropin.SOCKET, dropin.HTTP):
+        status, text = said([*host.manager, "show", f"--property={_SHOWN}", "--", unit])
         if status:
             yield warn(f"systemd does not answer: {text}", f"{control} status")
             return
         told = dict(line.partition("=")[::2] for line in text.splitlines())
-        if told.get("LoadState") != "loaded":
-            yield warn(f"systemd does not know {unit}", f"{_again(host)}; {control} daemon-reload")
-        elif told.get("NeedDaemonReload") == "yes":
-            yield warn(f"{unit} was changed on disk", f"{control} daemon-reload")
-        elif told.get("UnitFileState") not in ("enabled", "static", "linked", "enabled-runtime"):
-            yield warn(f"{unit} does not start at boot", f"{control} enable {unit}")
-        elif told.get("ActiveState") not in ("active", "reloading", "activating"):
-            yield fail(f"{unit} is {told.get('ActiveState')}", f"{control} restart {unit}")
-        else:
-            yield ok(f"{unit} is enabled and {told['ActiveState']}")
+        if listen is not None or unit == dropin.MASTER:
+            yield _state(host, unit, told)
+        elif unit == dropin.SOCKET and told.get("ActiveState") == "active":
+            what = f"HTTP is off, and {unit} starts {dropin.HTTP} for each request all the same"
+            yield warn(what, f"{control} mask --now {unit}")
+        if unit == dropin.SOCKET and told.get("ActiveState") == "active" and listen is not None:
+            yield from _listening(listen, f"{control} restart {unit}")
+
+
+def _state(host: Host, unit: str, told: dict[str, str]) -> Finding:
+    """What there is to say of a unit; that of HTTP runs only when it was asked for something."""
+    control, active = " ".join(host.manager), told.get("ActiveState")
+    if told.get("LoadState") == "masked":
+        return warn(f"{unit} is masked", f"{control} unmask {unit}; {control} start {unit}")
+    if told.get("LoadState") != "loaded":
+        return warn(f"systemd does not know {unit}", f"{_again(host)}; {control} daemon-reload")
+    if told.get("NeedDaemonReload") == "yes":
+        return warn(f"{unit} was changed on disk", f"{control} daemon-reload")
+    if told.get("UnitFileState") not in _BOOTS:
+        return warn(f"{unit} does not start at boot", f"{control} enable {unit}")
+    again = told.get("NRestarts", "0")
+    if told.get("Result") != "success" or (active == "activating" and again != "0"):
+        what = f"{unit} fails ({told.get('Result')}), and was started again {again} times"
+        return fail(what, f"journalctl {'' if host.dirs.systemwide else '--user '}-e -u {unit}")
+    if active not in ("active", "reloading", "activating") and unit != dropin.HTTP:
+        return fail(f"{unit} is {active}", f"{control} restart {unit}")
+    return ok(f"{unit} is {told.get('UnitFileState')} and {active}")
+
+
+def _listening(where: Path | tuple[str, int], mend: str) -> Findings:
+    """systemd shows what the unit's file says, also while it listens where that said before."""
+    any_port = isinstance(where, tuple) and where[1] == 0
+    if not any_port and not sockets.listens(where):
+        named = where if isinstance(where, Path) else ":".join(map(str, where))
+        yield warn(f"nothing listens on {named}: {dropin.SOCKET} has it where it was", mend)
 
 
 def polkit(host: Host) -> Findings:
@@ -265,7 +289,9 @@ def cgroup(host: Host) -> Findings:
     if lacks:
         what = f"{name} without {', '.join(lacks)} here: such limits of tasks are not enforced"
         mend = "boot with systemd.unified_cgroup_hierarchy=1"
-        if unified and not host.dirs.systemwide:
+        if unified and host.dirs.systemwide:
+            mend = "boot without cgroup_disable= and without cgroup v1, see /proc/cmdline"
+        elif unified:
             mend = "systemctl edit user@.service: [Service] Delegate=cpu memory pids"
         yield warn(what, mend)
     else:

@@ -71,7 +71,7 @@ def test_commands_in_it_are_understood() -> None:
 
 def test_every_reason_to_close_the_gate_is_explained() -> None:
     _, _, text = entries()[messages.IDS["gate.closed"]]
-    reasons = {gate.HOLD, gate.CODEX, gate.DISK, gate.BUDGET, *gate.PROBED}
+    reasons = {*gate.BY_HAND, gate.CODEX, gate.DISK, gate.BUDGET, *gate.PROBED}
     assert set(re.findall(r"^(\w+)  +\S", text, re.M)) == reasons
 
 

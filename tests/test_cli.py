@@ -259,9 +259,11 @@ def test_without_a_daemon(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (69, "", text)
     for verb in (["task", "submit", str(root.root / "codexd.yaml")], ["task", "list"]):
         assert root.run(*verb).returncode in (1, 69)
-    done = root.run("hold")
-    assert done.returncode == 69
-    assert done.stderr == f"codexd: there is no inbox {root.dirs.inbox}: was codexd started here?\n"
+    never = "was `codexd serve` ever started there?"
+    for verb in ("hold", "status"):
+        done = root.run(verb)
+        assert (done.returncode, done.stdout) == (69, "")
+        assert done.stderr == f"codexd: there is no inbox {root.dirs.inbox}: {never}\n"
 
     with root:
         root.submit()

@@ -253,7 +253,20 @@ def test_purged_it_leaves_what_is_the_users(codexd: Packaged, deb: Path) -> None
     codexd.drop("[[say kept]]", "kept.md")
     codexd.ended("kept")
     codexd.box.push({f"{STATE}/codex/auth.json": "{}"}, mode=0o600, owner="codexd")
+    also = "workdirs: [work, /srv/r]\nmemory: {paths: [/tmp/notes]}\nretention: {answers: 7d}\n"
+    codexd.configure(f"codex: {{home: /srv/home}}\n{also}")
+    codexd.box.run("codexd", "install")
+    units = "/etc/systemd/system"
+    mine = f"{units}/codexd.service.d/50-codexd.conf"
+    own = codexd.box.pull(mine) + b"CPUWeight=7\n"
+    codexd.box.push({mine: own})
+    codexd.box.run("systemctl", "enable", "codexd-schedule@nightly.timer")
+    assert codexd.there("/etc/tmpfiles.d/codexd.conf")
     said = codexd.apt("purge", "codexd")
+    left = codexd.box.run("find", "/etc", "-name", "*codexd*", "-path", "/etc/*/*").stdout.split()
+    assert codexd.box.pull(mine) == own, "what somebody edited stays"
+    assert sorted(left) == [f"{units}/codexd.service.d", mine]
+    codexd.box.run("rm", "-r", f"{units}/codexd.service.d")
     assert f"rm -rf {SPOOL} {STATE}" in said
     assert codexd.answer("kept")[1] == "kept\n"
     assert not codexd.there("/etc/codexd")
@@ -264,6 +277,12 @@ def test_purged_it_leaves_what_is_the_users(codexd: Packaged, deb: Path) -> None
     codexd.box.run("rm", "-rf", SPOOL, STATE)
     codexd.install(deb)
     codexd.box.run("systemctl", "start", "codexd")
+    codexd.box.run("systemctl", "stop", "codexd")
+    codexd.box.run("mount", "-t", "tmpfs", "none", STATE)
+    assert "what is mounted there is left, empty" in codexd.apt("purge", "codexd")
+    assert codexd.box.run("ls", "-A", STATE).stdout == ""
+    codexd.box.run("umount", STATE)
+    codexd.install(deb)
     codexd.apt("purge", "codexd")
     for left in (SPOOL, STATE, "/etc/codexd", "/run/codexd", "/usr/lib/codexd"):
         there = codexd.box.run("find", left, STATE, check=False).stdout

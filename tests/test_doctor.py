@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from codex_cli_bin import bundled_codex_path
 
-from codexd import doctor, heartbeat, lock, spool
+from codexd import codexchecks, doctor, heartbeat, lock, spool
 from codexd.config import Directories
 from tests.box import BIN, Box
 from tests.box.host import require
@@ -78,6 +79,9 @@ def script(path: Path, text: str) -> Path:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
+
+
+UNSAFE = 'test "$1" = --version && echo codex-cli 0.163.0 || { echo "bwrap: no" >&2; exit 101; }'
 
 
 # --- one root -----------------------------------------------------------------------------
@@ -170,9 +174,28 @@ def test_a_key_that_others_can_read(patient: Patient) -> None:
 
 
 def test_a_sandbox_that_does_not_work(patient: Patient, tmp_path: Path) -> None:
-    text = 'test "$1" = --version && echo codex-cli 0.163.0 || { echo "bwrap: no" >&2; exit 101; }'
-    patient.configure(codex=script(tmp_path / "codex", text))
+    patient.configure(codex=script(tmp_path / "codex", UNSAFE))
     assert patient.bad("sandbox")["what"].endswith("bwrap: no")
+
+
+@pytest.mark.parametrize(("settings", "mend"), [
+    ({"kernel/unprivileged_userns_clone": "0", "user/max_user_namespaces": "63000"},
+     "sysctl -w kernel.unprivileged_userns_clone=1, and the same in /etc/sysctl.d: "),
+    ({"kernel/apparmor_restrict_unprivileged_userns": "1"},
+     "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, and the same in /etc/sysctl.d; "
+     "or give Codex an AppArmor profile: "),
+    ({"user/max_user_namespaces": "0", "kernel/unprivileged_userns_clone": "0"},
+     "sysctl -w kernel.unprivileged_userns_clone=1; sysctl -w user.max_user_namespaces=10000, "
+     "and the same in /etc/sysctl.d: "),
+    ({"kernel/unprivileged_userns_clone": "1"}, "let users make namespaces: "),
+])  # fmt: skip
+def test_what_lets_users_make_namespaces(
+    tmp_path: Path, settings: dict[str, str], mend: str
+) -> None:
+    for name, value in settings.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{value}\n")
+    assert codexchecks.namespaces(tmp_path) == f"{mend}see CAVEATS in codexd(7)"
 
 
 def test_secrets_that_are_not_hidden(patient: Patient) -> None:
@@ -199,7 +222,8 @@ def test_directories_that_are_not_as_they_must_be(patient: Patient) -> None:
     assert patient.bad("directories")["what"] == f"{home} has mode 755, not 700"
     home.chmod(0o700)
     tasks.rmdir()
-    assert patient.bad("directories", "warn")["what"] == f"{tasks} is missing"
+    one = patient.bad("directories", "warn")
+    assert (one["what"], one["mend"]) == (f"{tasks} is missing", "codexd serve")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
@@ -280,7 +304,24 @@ def test_a_host_in_order(box: Box) -> None:
 
 @box_tests
 def test_a_member_of_the_group_and_others(box: Box) -> None:
-    assert examined(box, user=ALICE)["group"][0]["status"] == "ok"
+    (one,) = examined(box, user=ALICE).values()  # nothing is said of what she does not have
+    inbox = "/var/spool/codexd/inbox"
+    assert one[0]["status"] == "ok"
+    assert (
+        f"nothing of your own is here; the system's codexd takes files dropped into {inbox}"
+        in (one[0]["what"])
+    )
+    for verb in (["status"], ["ask", "x"], ["hold"], ["task", "list"]):
+        done = box.run(f"{BIN}/codexd", *verb, user=ALICE, check=False)
+        assert (done.returncode, done.stdout) == (69, "")
+        assert f"the system's codexd takes files dropped into {inbox}, and HTTP: " in done.stderr
+    asked = re.search(r"curl --unix-socket \S+ \S+/tasks", done.stderr)
+    assert asked
+    assert json.loads(box.run(*asked[0].split(), user=ALICE).stdout) == {"tasks": [], "next": None}
+    box.run("mkdir", "-p", f"/home/{ALICE}/.local/state/codexd")
+    box.run("chown", "-R", f"{ALICE}:", f"/home/{ALICE}/.local")
+    assert len(examined(box, user=ALICE)) > 5, "she has begun to have one of her own"
+    box.run("rm", "-r", f"/home/{ALICE}/.local")
     box.run("useradd", "--create-home", "bob")
     (one,) = examined(box, user="bob")["group"]
     assert one["mend"] == "usermod -aG codexd bob, as root"
@@ -340,6 +381,85 @@ def test_units_that_systemd_does_not_run(box: Box) -> None:
 
 
 @box_tests
+def test_units_that_fail_again_and_again(box: Box) -> None:
+    box.push({"/etc/codexd/codexd.yaml": "wrokers: 2\n"})
+    box.run("systemctl", "restart", "codexd", check=False)
+    tries = lambda: int(box.show("codexd", "NRestarts")["NRestarts"])  # noqa: E731
+    until(lambda: tries() > 0, "systemd tries again")
+    one = problem(box, "systemd", "fail")
+    assert re.fullmatch(
+        r"codexd.service fails \(.*\), and was started again \d+ times", one["what"]
+    )
+    assert one["mend"] == "journalctl -e -u codexd.service"
+    box.push({"/etc/codexd/codexd.yaml": f"codex: {{bin: {CODEX}}}\n"})
+    box.run("systemctl", "restart", "codexd")
+    broken = "/etc/systemd/system/codexd-http.service.d/broken.conf"
+    box.push({broken: "[Service]\nExecStartPre=/bin/false\n"})
+    box.run("systemctl", "daemon-reload")
+    box.run("systemctl", "stop", "codexd-http.service")
+    ask = ("curl", "-sS", "-m", "2", "--unix-socket", "/run/codexd/http.sock", "http://localhost/")
+    box.run(*ask, check=False)
+    assert problem(box, "systemd", "fail")["what"].startswith("codexd-http.service fails (")
+    box.run("rm", broken)
+    box.run("systemctl", "daemon-reload")
+    box.run("systemctl", "restart", "codexd-http")
+    assert {one["status"] for one in examined(box)["systemd"]} == {"ok"}
+
+
+@box_tests
+def test_http_that_is_to_listen_elsewhere_or_nowhere(box: Box) -> None:
+    as_it_was, command = f"codex: {{bin: {CODEX}}}\n", f"{BIN}/codexd"
+    box.push({"/etc/codexd/token": "a-token-of-this-test\n"}, mode=0o600, owner="codexd-http")
+    tcp = "http: {listen: '127.0.0.1:8087', token_file: /etc/codexd/token}\n"
+    box.push({"/etc/codexd/codexd.yaml": as_it_was + tcp})
+    mend = "systemctl restart codexd-http.socket"
+    assert f"It has changed:  {mend}\n" in box.run(command, "install").stdout
+    one = problem(box, "systemd", "warn")  # systemd itself shows the new address by now
+    assert one["what"].startswith("nothing listens on 127.0.0.1:8087: ")
+    assert one["mend"] == mend
+    box.run(*mend.split())
+    assert {one["status"] for one in examined(box)["systemd"]} == {"ok"}
+    assert "It has changed" not in box.run(command, "install").stdout
+    box.push({"/etc/codexd/codexd.yaml": as_it_was + "http: {listen: off}\n"})
+    told = box.run(command, "install").stdout
+    assert "HTTP is off:     systemctl mask --now codexd-http.socket\n" in told
+    mend = problem(box, "systemd", "warn")["mend"]
+    assert mend == "systemctl mask --now codexd-http.socket"
+    box.run("systemctl", "restart", "codexd-http.socket")
+    starts = lambda: box.journal("CODEXD_EVENT=http.off")  # noqa: E731
+    before = len(starts())
+    ask = ("curl", "-sS", "-m", "5", "--unix-socket", "/run/codexd/http.sock", "http://localhost/")
+    assert box.run(*ask, check=False).returncode in (52, 56), "closed, without a word"
+    until(lambda: box.show("codexd-http", "ActiveState") == {"ActiveState": "inactive"}, "its end")
+    assert box.show("codexd-http", "Result") == {"Result": "success"}
+    box.run(*mend.split())
+    box.run("systemctl", "restart", "codexd")
+    assert box.show("codexd-http.socket", "ActiveState") == {"ActiveState": "inactive"}
+    assert len(starts()) == before + 1, "one request was one start"
+    assert {one["status"] for one in examined(box)["systemd"]} == {"ok"}
+    box.push({"/etc/codexd/codexd.yaml": as_it_was})
+    box.run(command, "install")
+    mend = problem(box, "systemd", "warn")["mend"]
+    assert mend == "systemctl unmask codexd-http.socket; systemctl start codexd-http.socket"
+    box.run("sh", "-c", mend)
+    assert {one["status"] for one in examined(box)["systemd"]} == {"ok"}
+
+
+@box_tests
+def test_what_user_codexd_may_have_written_is_not_run_by_root(box: Box) -> None:
+    text = f"#!/bin/sh\nid -u >> /var/tmp/who\n{UNSAFE}\n"
+    box.push({"/srv/codex": text}, mode=0o755, owner="codexd")
+    box.push({"/etc/codexd/codexd.yaml": "codex: {bin: /srv/codex}\n"})
+    box.run("rm", "-f", "/var/tmp/who")
+    assert examined(box)["codex"][0]["what"] == "Codex 0.163.0: /srv/codex"
+    uid = box.run("id", "-u", "codexd").stdout.strip()
+    assert box.pull("/var/tmp/who").decode().split() == [uid, uid], (
+        "asked for its version, and for a sandbox"
+    )
+    box.push({"/etc/codexd/codexd.yaml": f"codex: {{bin: {CODEX}}}\n"})
+
+
+@box_tests
 def test_no_rule_and_no_group(box: Box) -> None:
     box.run("rm", "/etc/polkit-1/rules.d/50-codexd.rules")
     assert problem(box, "polkit", "fail")["mend"] == "codexd install"
@@ -360,18 +480,41 @@ def test_a_codex_that_units_do_not_find(box: Box) -> None:
 
 
 @box_tests
-def test_workers_that_are_child_processes_though_nobody_wanted_that(box: Box) -> None:
+def test_a_worker_s_unit_that_is_missing(box: Box) -> None:
+    """The master's own unit would keep child processes from working, so there are none."""
     unit = "/usr/local/lib/systemd/system/codexd-worker@.service"
     box.run("mv", unit, "/root/")
     box.run("systemctl", "daemon-reload")
-    box.run("systemctl", "restart", "codexd")
-    one = examined(box)["master"][0]
-    assert one["status"] == "warn"
-    assert "codexd-worker@.service is not installed" in one["what"]
+    assert box.run("systemctl", "restart", "codexd", check=False).returncode
+    shown = box.run("journalctl", "-u", "codexd", "-o", "cat", "--no-pager").stdout
+    assert "status=78/CONFIG" in shown
+    assert "codexd.service cannot start workers: the unit codexd-worker@.service is not" in shown
     box.run("mv", "/root/codexd-worker@.service", unit)
     box.run("systemctl", "daemon-reload")
-    box.run("systemctl", "restart", "codexd")
+    until(lambda: box.show("codexd", "ActiveState") == {"ActiveState": "active"}, "it is back")
     assert examined(box)["master"][0]["status"] == "ok"
+
+
+@box_tests
+def test_a_service_of_another_name_says_why_its_workers_are_children(box: Box) -> None:
+    """Where nothing keeps child processes from working they are used; everybody is told."""
+    worker = "/usr/local/lib/systemd/system/codexd-worker@.service"
+    box.run("mv", worker, "/root/")
+    box.run("systemctl", "daemon-reload")
+    box.run("systemctl", "stop", "codexd")
+    own = f"[Service]\nType=notify\nUser=codexd\nExecStart={BIN}/codexd-master\n"
+    box.push({"/etc/systemd/system/mine.service": own})
+    box.run("systemctl", "start", "mine")
+    why = "the unit codexd-worker@.service is not installed"
+    assert f"\nworkers: {why}" in box.run(f"{BIN}/codexd", "status").stdout
+    assert why in examined(box)["master"][0]["what"]
+    (told,) = box.journal("CODEXD_EVENT=started", "_SYSTEMD_UNIT=mine.service")
+    assert f'launcher=process launcher_why="{why}' in told["MESSAGE"]
+    box.run("systemctl", "stop", "mine")
+    box.run("rm", "/etc/systemd/system/mine.service")
+    box.run("mv", "/root/codexd-worker@.service", worker)
+    box.run("systemctl", "daemon-reload")
+    box.run("systemctl", "start", "codexd")
 
 
 @box_tests
@@ -380,3 +523,14 @@ def test_what_may_not_be_looked_at_is_said(box: Box) -> None:
     (one,) = (one for one in examined(box, user="codexd")["login"])
     assert one["what"] == "cannot be looked at: /etc/codexd/api.env: Permission denied"
     assert one["mend"] == "run codexd doctor as root"
+
+
+@box_tests
+def test_limits_where_there_is_only_cgroup_v2() -> None:
+    """Where v1 has the controllers, as here, no other boot of this kind would change it."""
+    require("unified")
+    with Box("unified") as box:
+        box.run(f"{BIN}/codexd", "install")
+        (one,) = examined(box)["limits"]
+        assert (one["status"], one["what"].startswith("cgroup v2 without cpu, ")) == ("warn", True)
+        assert one["mend"].startswith("boot without cgroup_disable=")
