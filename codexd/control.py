@@ -1,16 +1,19 @@
 """Control files: cancel, hold, release, drain, reset, compact, obeyed before any task is taken.
 
-Part of the master.  The effect is in the ledger before the file is removed, and
-obeying twice changes nothing.  A control for something that does not exist is
+Part of the master.  They are obeyed in the order in which they came, so that the last
+of two that contradict each other stands.  The effect is in the ledger before the file
+is removed, and obeying twice changes nothing.  A control for something that does not exist is
 rejected with its reason, like any other file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 
 from codexd import clock, controlfile, place, session, spool, taskfile
 from codexd.config import Config
+from codexd.controlfile import ALL
 from codexd.dispatch import wait
 from codexd.finish import Finish
 from codexd.gate import BY_HAND, DRAIN, HOLD, Keeper
@@ -57,8 +60,16 @@ class Controls:
         self.waiting = []
         if not found:
             return names
+        found.sort(key=lambda name: (self._written(name), name))
         done = {name for name in found if self._tried(name, record)}
         return [name for name in names if name not in done]
+
+    def _written(self, name: str) -> int:
+        """When a control file was put there; nanoseconds."""
+        try:
+            return os.lstat(self.dirs.inbox / name).st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     def _tried(self, name: str, record: Record) -> bool:
         """`_obeyed`; what the host refuses is tried again in the next round."""
@@ -91,7 +102,7 @@ class Controls:
         verb, target = control.verb, control.target
         if verb == "reset":
             return self._reset(target, record)
-        if target == "all":
+        if target == ALL:
             self._all(verb)
             return True
         task = self.ledger.book.tasks.get(target)
@@ -112,8 +123,10 @@ class Controls:
         else:
             kept = [reason for reason in BY_HAND if not self.keeper.remembered(reason)]
             self.keeper.release()
+            released = self._written(f"{ALL}.{verb}")
             for reason in kept:
-                (self.dirs.inbox / f"all.{reason}").unlink(missing_ok=True)
+                if self._written(f"{ALL}.{reason}") <= released:  # else it was asked for since
+                    (self.dirs.inbox / f"{ALL}.{reason}").unlink(missing_ok=True)
 
     def _change(self, task: Task, verb: str) -> list[Event]:
         """The events that a verb means for a live task."""

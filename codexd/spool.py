@@ -128,15 +128,23 @@ def deliver(inbox: Path, name: str, data: bytes) -> None:
 
 
 def deliver_control(inbox: Path, name: str) -> None:
-    """Put an empty control file into the inbox.  Works on a full disk."""
+    """Put an empty control file into the inbox, as the last to be obeyed.
+
+    Works on a full disk.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        os.close(os.open(inbox / name, flags, 0o660))
+        fd = os.open(inbox / name, flags, 0o660)
     except PermissionError:
         # Where others write, one may not even open their file with O_CREAT
         # (fs.protected_regular): it is there, and says the same.
         if not is_empty_file(inbox / name):
             raise
+        return
+    try:
+        os.utime(fd)  # one that was there already is asked for anew
+    finally:
+        os.close(fd)
 
 
 def delivered(path: Path) -> float | None:

@@ -118,9 +118,10 @@ def test_a_directory_that_may_not_be_written_is_named(dirs: Directories) -> None
 
 
 def test_new_ids_are_well_formed_and_all_different() -> None:
-    ids = {spool.new_id() for _ in range(2000)}
-    assert len(ids) == 2000
+    ids = [spool.new_id() for _ in range(2000)]
+    assert len(set(ids)) == 2000
     assert all(map(is_id, ids))
+    assert ids == sorted(ids), "the inbox is taken in this order"
 
 
 # --- delivering -------------------------------------------------------------------
@@ -137,6 +138,14 @@ def test_a_control_file_is_empty_and_may_be_there_already(dirs: Directories) -> 
     for _ in range(2):
         spool.deliver_control(dirs.inbox, "all.hold")
     assert (dirs.inbox / "all.hold").read_bytes() == b""
+
+
+def test_a_control_file_that_is_given_again_is_the_last(dirs: Directories) -> None:
+    spool.deliver_control(dirs.inbox, "all.hold")
+    os.utime(dirs.inbox / "all.hold", (1, 1))
+    before = time.time()
+    spool.deliver_control(dirs.inbox, "all.hold")
+    assert (dirs.inbox / "all.hold").stat().st_mtime > before - 1
 
 
 @NEEDS_ROOT
