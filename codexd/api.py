@@ -27,13 +27,13 @@ from typing import TypeVar
 
 from codexd import metrics, openapi, spool, taskfile
 from codexd.config import Config
+from codexd.document import Form, Scalar, shown
 from codexd.framing import RETRY, Problem, Reply, reply
 from codexd.ledger import LedgerBroken
 from codexd.model import Note, Request, State
 from codexd.routes import Call, invalid
-from codexd.view import Json, View
+from codexd.view import WORD, Json, View
 
-WORD = 5.0  # seconds to wait for what the master says of a delivered file
 WAITERS = 128  # who may wait at once
 PAGE = 50  # tasks in a list
 LOOK = 2.0  # seconds after which a walk through the archive is cut into pages
@@ -271,12 +271,14 @@ def _request(body: bytes, header: str | None) -> Request:
         key = header.encode("latin-1").decode("utf-8")
         if request.key not in (None, key):
             raise invalid("the header Idempotency-Key and `key` in the body differ")
-        request = replace(request, key=key)
-        return taskfile.parse("body.json", taskfile.dump(request), max_bytes=2 * len(body) + 4096)
     except UnicodeDecodeError as error:
         raise invalid("the header Idempotency-Key is not UTF-8") from error
     except taskfile.Refused as why:
         raise invalid(str(why)) from why
+    if taskfile.LABEL.read(Scalar(key, Form.TEXT)) is None:
+        wrong = f"found {shown(key)}; allowed: {taskfile.LABEL.allowed}"
+        raise invalid(f"the header Idempotency-Key: {wrong}")
+    return replace(request, key=key)
 
 
 # --- what a client is told ----------------------------------------------------------------

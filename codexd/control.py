@@ -9,7 +9,7 @@ rejected with its reason, like any other file.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from codexd import clock, controlfile, place, session, spool, taskfile
 from codexd.config import Config

@@ -32,7 +32,7 @@ UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _BARE = re.compile(r"[A-Za-z0-9_.-]{1,60}", re.ASCII)
 _INTEGER = re.compile(r"-?[0-9]{1,15}", re.ASCII)
-_BOOLEANS = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False}
+BOOLEANS = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False}
 # Enough for a text that json.loads has already found to be JSON.
 _JSON_TOKEN = re.compile(r'[{}\[\]]|"(?:[^"\\]|\\.)*+"|[^\s{}\[\],:"]+')
 
@@ -272,7 +272,7 @@ class Rule(NamedTuple, Generic[V]):
     allowed: str
 
 
-BOOLEAN = Rule(lambda found: _BOOLEANS.get(found.lower()), "on or off (or true, false, yes, no)")
+BOOLEAN = Rule(lambda found: BOOLEANS.get(found.lower()), "on or off (or true, false, yes, no)")
 
 
 def string(check: Callable[[str], object], allowed: str) -> Rule[str]:

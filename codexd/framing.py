@@ -13,12 +13,13 @@ Problem, which is a reply already.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO
 from typing import NoReturn
+
+from codexd.wire import json_text
 
 HEAD_LIMIT = 32 << 10  # bytes of request line and fields
 LINES_LIMIT = 100  # without the blank one; http.server's own limit
@@ -44,7 +45,7 @@ class Reply:
 
 def reply(status: int, value: object, *headers: tuple[str, str]) -> Reply:
     """A reply in JSON."""
-    return Reply(status, json.dumps(value).encode("ascii") + b"\n", headers)
+    return Reply(status, json_text(value).encode("ascii") + b"\n", headers)
 
 
 class Problem(Exception):

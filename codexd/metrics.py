@@ -9,7 +9,9 @@ from codexd.model import State
 
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Always there, for alerts.
-REASONS = frozenset({"auth", "budget", "codex", "disk", "hold", "quota", "rate", "transient"})
+REASONS = frozenset(
+    {"auth", "budget", "codex", "disk", "drain", "hold", "host", "quota", "rate", "transient"}
+)
 
 Sample = tuple[str, str, object]  # the label, its value, and the sample's
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from codexd import __version__
+from codexd import __version__, document
 from codexd.model import COST_KEYS, ID_PATTERN, USAGE_KEYS, Resume, Sandbox, State
 from codexd.outcome import Outcome
 
@@ -59,13 +59,12 @@ _DURATION: Schema = {
     "description": "Seconds, or a text such as 90s, 30m or 2h; at most 24h.",
     "anyOf": [
         {"type": "number", "minimum": 1, "maximum": 86400},
-        {
-            "type": "string",
-            "pattern": "^([1-9][0-9]{0,3}s?|[1-9][0-9]{0,2}m|([1-9]|1[0-9]|2[0-4])h)$",
-        },
+        {"type": "string", "pattern": "^[0-9]{1,12}([.][0-9]{1,20})?[smhd]?$"},
     ],
 }
 
+# As they may be written: on, Off, TRUE.
+_SWITCH = "^(" + "|".join("".join(f"[{c.upper()}{c}]" for c in w) for w in document.BOOLEANS) + ")$"
 _PROMPT: Schema = {
     "type": "string",
     "pattern": _not_blank(r"\u0000"),
@@ -80,8 +79,8 @@ def _either(pattern: str) -> Schema:
 _LIMITS = {
     **_object(
         {
-            "memory": _or_null(_either("^[1-9][0-9]{0,9}[MG]$")),
-            "cpu": _or_null(_either("^[1-9][0-9]{0,4}%$")),
+            "memory": _or_null(_either("^[0-9]{1,15}[KMG]?$")),
+            "cpu": _or_null(_either("^[0-9]{1,7}%?$")),
             "tasks": _or_null({"type": "integer", "minimum": 1}),
         },
         [],
@@ -125,7 +124,7 @@ _KEYS: Mapping[str, Schema] = {
     "output_schema": _PATH,
     "verify": _VERIFY,
     "limits": _LIMITS,
-    "memory": {"anyOf": [{"type": "boolean"}, {"enum": ["on", "off"]}]},
+    "memory": {"anyOf": [{"type": "boolean"}, {"type": "string", "pattern": _SWITCH}]},
 }
 REQUEST = _object(
     {"prompt": _PROMPT, **{name: _or_null(schema) for name, schema in _KEYS.items()}}, ["prompt"]

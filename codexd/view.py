@@ -17,12 +17,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from codexd import durable, heartbeat, lock, place, session, spend, spool, taskfile
+from codexd.book import RECENT
 from codexd.config import Directories
 from codexd.dispatch import overlap
 from codexd.ledger import Follower
 from codexd.model import Event, State, Task, is_id, to_json
 from codexd.outcome import Outcome
 
+WORD = 5.0  # seconds in which the master says a word of a delivered file
 LATE = 15.0  # seconds without a heartbeat after which the master counts as down
 DAYS = 92  # days that a report of usage adds up
 ARRIVING = 1000  # files of the inbox that a short list looks at
@@ -124,14 +126,38 @@ class View:
         return list(self._follower.book.tasks.values())
 
     def short_list(self, state: str | None = None, session: str | None = None) -> list[Json]:
-        """The last fifty that ended, the live ones, and those with an id in the inbox."""
+        """The last fifty that ended, the live ones, and those with an id in the inbox.
+
+        With a state or a session: of those that are so.
+        """
         arriving = self._arriving()  # first: what is taken meanwhile is then among the live
         self.refresh()
-        ended = (self._ended(id) for id in list(self._follower.book.recent))
-        told = [*(e for e in ended if e), *(self._told(t) for t in self.live())]
+        if state or session:
+            ended = self.last(state, session, RECENT)
+        else:
+            recent = (self._ended(id) for id in list(self._follower.book.recent))
+            ended = [_without_answer(e) for e in recent if e]
+        told = [*ended, *(self._told(t) for t in self.live())]
         known = {t["id"] for t in told}
         told += [t for t in arriving if t["id"] not in known]
         return [_without_answer(t) for t in told if _matches(t, state, session)]
+
+    def last(
+        self, state: str | None, session: str | None, most: int, seconds: float = math.inf
+    ) -> list[Json]:
+        """The last that ended so, in the order of their ends, however long that is ago.
+
+        Those that are no longer recent are looked for by their ids, for so many seconds.
+        """
+        if state and not State(state).ended:
+            return []
+        self.refresh()
+        book = self._follower.book
+        ids = (id for id in self._ids(None, archived=True) if id not in book.tasks)
+        found, _ = self._walk(ids, state, session, most, seconds)
+        recent, _ = self._walk(iter(list(book.recent)), state, session, RECENT, math.inf)
+        by_id = {task["id"]: task for task in [*found, *recent]}
+        return sorted(by_id.values(), key=lambda task: str(task["ended"]))[-most:]
 
     def _arriving(self) -> list[Json]:
         """Tasks that producers put into the inbox under an id, not yet taken."""
@@ -158,10 +184,21 @@ class View:
         is, and its cursor leads on from there.
         """
         self.refresh()
+        archived = state not in [s for s in State if not s.ended]
+        return self._walk(self._ids(cursor, archived), state, session, limit, seconds)
+
+    def _walk(
+        self,
+        ids: Iterator[str],
+        state: str | None,
+        session: str | None,
+        limit: int,
+        seconds: float,
+    ) -> tuple[list[Json], str | None]:
+        """Those of the tasks that are so, and the id at which the walk was ended."""
         until = time.monotonic() + seconds
         found: list[Json] = []
-        archived = state not in [s for s in State if not s.ended]
-        for id in self._ids(cursor, archived):
+        for id in ids:
             live = self._follower.book.tasks.get(id)
             task = self._told(live) if live else self._ended(id)
             if task and _matches(task, state, session):

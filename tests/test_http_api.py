@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -93,6 +94,32 @@ def test_http_and_command_show_the_same(working: Web) -> None:
     assert {**listed[id], "answer": shown["answer"]} == shown
 
 
+def test_a_name_that_is_not_utf8_is_json_for_everybody(held: Web) -> None:
+    name = os.fsencode(Directories.below(held.root).inbox) + b"/caf\xe9.md"
+    with open(name, "w") as file:
+        file.write("---\nsession: latin\n---\nx")
+    said = until(
+        lambda: [s for s in [held.ask("GET", "/tasks?session=latin")] if s.json["tasks"]],
+        "the task",
+    )[0]
+    assert b"\\ud" not in said.body
+    assert said.json["tasks"][0]["file"] == "caf?.md"
+
+
+WRITTEN = {
+    "timeout": ["1d", "1440m", "86400s", "1.5h", "90", "0.5m", "24h"],
+    "memory": ["on", "off", "yes", "No", "TRUE", "false"],
+}
+
+
+@pytest.mark.parametrize(("key", "text"), [(k, t) for k, ts in WRITTEN.items() for t in ts])
+def test_the_document_allows_what_the_server_takes(key: str, text: str) -> None:
+    taskfile.parse("x.json", json.dumps({"prompt": "x", key: text}).encode())
+    schema = openapi.REQUEST["properties"][key]["anyOf"][0]  # type: ignore[index]
+    patterns = [one["pattern"] for one in schema["anyOf"] if "pattern" in one]
+    assert any(re.fullmatch(pattern, text) for pattern in patterns)
+
+
 def test_a_key_makes_a_repeat_harmless(held: Web) -> None:
     body = {"prompt": "once", "priority": 3}
     first = held.post("/tasks", body, Idempotency_Key="k 1")
@@ -151,7 +178,9 @@ def test_what_no_task_file_may_say_is_refused_before_delivery(
     assert not list((alone.root / "inbox").iterdir())
 
 
-@pytest.mark.parametrize(("key", "why"), [(b"", "key: found ''"), (b"\xff", "is not UTF-8")])
+@pytest.mark.parametrize(
+    ("key", "why"), [(b"", "Idempotency-Key: found ''"), (b"\xff", "is not UTF-8")]
+)
 def test_what_no_key_is(alone: Web, key: bytes, why: str) -> None:
     head = b"POST /tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with alone.connect() as client:
@@ -404,7 +433,7 @@ def test_metrics(held: Web) -> None:
             assert (types[found[1]] == "counter") == found[1].endswith("_total")
     assert "codexd_up 1" in lines
     assert 'codexd_gate_closed{reason="codex"} 1' in lines
-    for reason in ("quota", "transient", "rate"):
+    for reason in ("quota", "transient", "rate", "drain", "host"):
         assert f'codexd_gate_closed{{reason="{reason}"}} 0' in lines
     assert "codexd_tokens_today 0" in lines
     assert "codexd_hooks_owed 0" in lines

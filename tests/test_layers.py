@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "codexd"
 # Top down: a file may import what stands above it, never what stands below.
 # One line is one layer; files of one layer do not import each other.
 LAYERS = [
-    "outcome",
+    "outcome wire",
     "model clock messages",
     "dispatch policy prompt line relevance command delivery",
     "durable orphans directories document lock events notes settled journal cgroup",
