@@ -23,14 +23,17 @@ from typing import Any, TypeVar
 
 from codexd import document
 from codexd.delivery import Occasion
+from codexd.directories import ConfigError as ConfigError
 from codexd.directories import Directories as Directories
 from codexd.directories import find as find
 from codexd.document import Document, DocumentError, Fields, Rule, Scalar, integer, string
 from codexd.model import Sandbox
 
-LARGEST = 8 << 20  # bytes: the most that limits.file can allow; to read them takes seconds
 Rules = dict[str, dict[str, Rule[Any]]]  # by section, by key
 N = TypeVar("N", int, float)
+
+FILE_MOST = 8 << 20  # bytes: the greatest limits.file; to read so much takes seconds
+_SIZE = 1 << 20  # bytes of codexd.yaml
 
 _LISTS = ("workdirs", "paths")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -39,8 +42,8 @@ _WORD = re.compile(r"(?!-)[A-Za-z0-9._:/-]{1,100}", re.ASCII)
 _LOOPBACK = re.compile(r"(?:127\.0\.0\.1|\[::1\]):([0-9]{1,5})", re.ASCII)
 
 
-class ConfigError(ValueError):
-    """Why a configuration cannot be used: `FILE:LINE: key: what; allowed: ...`."""
+class Unreadable(ConfigError):
+    """The file is there, but not for us."""
 
 
 def duration(low: int, high: int, span: str) -> Rule[float]:
@@ -217,13 +220,18 @@ def load(dirs: Directories, *, explicit: bool) -> Config:
         _check(config := _config(doc, dirs), doc)
     except DocumentError as err:
         place = dirs.config_file if err.line is None else f"{dirs.config_file}:{err.line}"
-        raise ConfigError(f"{place}: {err.reason}") from err
+        kind = Unreadable if isinstance(err.__cause__, PermissionError) else ConfigError
+        raise kind(f"{place}: {err.reason}", err.reason, err.line) from err
     return config
 
 
 def _text(file: Path, explicit: bool) -> str:
     try:
-        return file.read_text("utf-8-sig")
+        with open(file, "rb") as one:
+            data = one.read(_SIZE + 1)
+        if len(data) > _SIZE:
+            raise DocumentError(f"larger than {_SIZE} bytes")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as err:
         line = err.object.count(b"\n", 0, err.start) + 1
         raise DocumentError("not UTF-8; save the file as UTF-8", line) from err
@@ -260,7 +268,7 @@ def _rules(state: Path) -> Rules:
         "http": {"listen": ADDRESS, "token_file": path},
         "retry": {"base": duration(1, 3600, "1s to 1h"), "cap": TIMEOUT},
         "limits": {
-            "file": size(1 << 10, LARGEST, "1K to 8M"),
+            "file": size(1 << 10, FILE_MOST, "1K to 8M"),
             "queue": integer(1, 1_000_000),
             "disk_free": size(0, 1 << 40, "0 to 1024G"),
             "task_tokens": integer(1, 10**15),

@@ -14,6 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 
+class ConfigError(ValueError):
+    """Why a configuration cannot be used: `FILE:LINE: key: what; allowed: ...`.
+
+    Of a file, also the `reason` without the place, and the `line` if known.
+    """
+
+    def __init__(self, text: str, reason: str | None = None, line: int | None = None) -> None:
+        super().__init__(text)
+        self.reason = reason or text
+        self.line = line
+
+
 @dataclass(frozen=True, slots=True)
 class Directories:
     """Every path of an installation.  None need exist."""
@@ -60,13 +72,16 @@ class Directories:
 
     @classmethod
     def user(cls, env: Mapping[str, str]) -> Directories:
-        """XDG paths; without XDG_RUNTIME_DIR, `run` lies in the state directory."""
+        """XDG paths; without XDG_RUNTIME_DIR, `run` lies in the state directory.
+
+        Raises ConfigError for a user without a home.
+        """
 
         def base(name: str) -> Path | None:
             value = env.get(name, "")
             return Path(value) if os.path.isabs(value) else None  # XDG: ignore relative ones
 
-        home = base("HOME") or Path(pwd.getpwuid(os.geteuid()).pw_dir)
+        home = base("HOME") or _home(os.geteuid())
         config = (base("XDG_CONFIG_HOME") or home / ".config") / "codexd"
         state = (base("XDG_STATE_HOME") or home / ".local/state") / "codexd"
         runtime = base("XDG_RUNTIME_DIR")
@@ -95,12 +110,22 @@ class Directories:
 def find(
     root: Path | None, config_file: Path | None, env: Mapping[str, str], uid: int
 ) -> Directories:
-    """Below --root, else the system's for root and the user codexd, else XDG; --config."""
+    """Below --root, else the system's for root and the user codexd, else XDG; --config.
+
+    Raises ConfigError.
+    """
     if root is not None:
         dirs = Directories.below(root)
     else:
         dirs = Directories.system() if _is_system(uid) else Directories.user(env)
     return replace(dirs, config_file=Path(os.path.abspath(config_file or dirs.config_file)))
+
+
+def _home(uid: int) -> Path:
+    try:
+        return Path(pwd.getpwuid(uid).pw_dir)
+    except KeyError:  # as in containers
+        raise ConfigError(f"user {uid} has no home: set HOME, or say --root DIR") from None
 
 
 def _is_system(uid: int) -> bool:

@@ -39,7 +39,7 @@ from codexd.api import Api
 from codexd.config import Config, ConfigError
 from codexd.framing import HEAD_LIMIT, RETRY, Exchange, Problem, Reply, too_large_a_head
 from codexd.model import is_id
-from codexd.program import Exit, load, options
+from codexd.program import Exit, load, open_streams, options, refusal
 from codexd.routes import Call, admit
 from codexd.service import Level, Service
 
@@ -281,6 +281,7 @@ def _told(service: Service, about: dict[str, object]) -> None:
 
 
 def main() -> None:
+    open_streams()
     args = options("codexd-http", "the HTTP interface of codexd").parse_args()
     service = Service("codexd-http")
     try:
@@ -288,7 +289,7 @@ def main() -> None:
         bound = sockets.bind(config.http, os.environ)
     except ConfigError as error:
         service.log(Level.ERROR, "configuration", why=str(error))
-        sys.exit(Exit.CONFIGURATION)
+        sys.exit(refusal(error))
     except sockets.NoSocket as problem:
         service.log(Level.ERROR, "cannot.listen", why=str(problem))
         sys.exit(problem.status)

@@ -32,7 +32,7 @@ from codexd.intake import Intake
 from codexd.ledger import Ledger, LedgerBroken, LedgerFull
 from codexd.model import Event, Kind, Note, State
 from codexd.probe import Probe
-from codexd.program import Exit, load, options
+from codexd.program import Exit, load, open_streams, options, refusal
 from codexd.reload import Reload
 from codexd.service import Level, Service, sentence
 from codexd.spend import Spend
@@ -225,6 +225,7 @@ class Master:
             "waiting": sum(t.state is State.WAITING for t in tasks),
             "seen": self.seen,
             "full": self.intake.full,
+            "file_limit": self.config.limits.file,
             "trouble": self.trouble,
             "damaged": self.ledger.book.lost,
             **self.keeper.summary(),
@@ -319,7 +320,7 @@ def serve(
         config = read()
     except ConfigError as error:
         service.log(Level.ERROR, "configuration", why=str(error))
-        return Exit.CONFIGURATION
+        return refusal(error)
     try:
         run(config, service, read, started, embedded)
     except launcher.NoLauncher as problem:
@@ -343,6 +344,7 @@ def serve(
 
 def main() -> None:
     """The program codexd-master, for a service unit; people use `codexd serve`."""
+    open_streams()
     args = options("codexd-master", "the codexd daemon").parse_args()
     service = Service("codexd-master")
     sys.exit(serve(service, lambda: load(args), lambda _master: service.ready()))

@@ -1,17 +1,23 @@
 """What every program of codexd shares on its command line.
 
-The exit statuses, the options that say where everything lies, and the one way
-from them to a checked configuration.
+The exit statuses, the options that say where everything lies, the one way from
+them to a checked configuration, and text that is safe to show.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import sys
 from enum import IntEnum
 from pathlib import Path
+from typing import Any, NoReturn
 
 from codexd import __version__, config
+
+# Spaces and joiners of many scripts: no letters, so not "printable", but no danger.
+_HARMLESS = "\u00a0\u00ad\u2002\u2003\u2009\u200a\u200c\u200d\u202f\u3000"
 
 
 class Exit(IntEnum):
@@ -27,21 +33,75 @@ class Exit(IntEnum):
     CONFIGURATION = 78
 
 
+class Trouble(Exception):
+    """Why a command cannot be carried out, with its exit status."""
+
+    def __init__(self, status: Exit, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def refusal(error: config.ConfigError) -> Exit:
+    """The exit status for a configuration that cannot be used."""
+    return Exit.PERMISSION if isinstance(error, config.Unreadable) else Exit.CONFIGURATION
+
+
+def clean(text: object, breaks: bool = False) -> str:
+    """Text without anything that steers a terminal."""
+    keep = _HARMLESS + ("\n\t" if breaks else "")
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape", "replace").decode()
+        for c in str(text)
+    )
+
+
+def open_streams() -> None:
+    """Let /dev/null stand for a standard stream that was closed.
+
+    The next file that is opened would get its number, and what is printed.  To be
+    called before anything else is opened.
+    """
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.set_inheritable(fd, True)
+            setattr(sys, name, os.fdopen(fd, mode))
+
+
+class Parser(argparse.ArgumentParser):
+    """No shortened options, which the next version could take for others; clean errors."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **settings})
+
+    def error(self, message: str) -> NoReturn:
+        super().error(clean(message))
+
+
+def named(text: str) -> str:
+    """The type of an option that names a place; an empty one would mean the usual place."""
+    if not text:
+        raise argparse.ArgumentTypeError("it must not be empty")
+    return text
+
+
 def shared() -> argparse.ArgumentParser:
     """Options that are allowed before and after the verb.
 
     SUPPRESS: with a default, the verb's copy of an option would overwrite what
     was said before the verb.
     """
-    parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--root", metavar="DIR", help="everything lies below this directory")
-    parser.add_argument("--config", metavar="FILE", help="use this configuration file")
+    parser = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument(
+        "--root", metavar="DIR", type=named, help="everything lies below this directory"
+    )
+    parser.add_argument("--config", metavar="FILE", type=named, help="use this configuration file")
     return parser
 
 
 def options(name: str, what: str) -> argparse.ArgumentParser:
     """The parser of a program that only serves."""
-    parser = argparse.ArgumentParser(prog=name, description=what, parents=[shared()])
+    parser = Parser(prog=name, description=what, parents=[shared()])
     parser.add_argument("--version", action="version", version=f"{name} {__version__}")
     return parser
 
@@ -49,11 +109,15 @@ def options(name: str, what: str) -> argparse.ArgumentParser:
 def directories(args: argparse.Namespace) -> config.Directories:
     """Where everything lies, by --root, --config, the user and the environment.
 
-    Raises config.ConfigError for a root that is no directory.
+    Raises config.ConfigError for a root that is no directory, a configuration that
+    is not there, and a user without a home.
     """
     root, file = getattr(args, "root", None), getattr(args, "config", None)
     if root and os.path.lexists(root) and not os.path.isdir(root):
         raise config.ConfigError(f"--root {root}: it must be a directory, or a name to make one")
+    if file and not os.path.lexists(file):
+        why = f"cannot be read: {os.strerror(errno.ENOENT)}"
+        raise config.ConfigError(f"{os.path.abspath(file)}: {why}")
     return config.find(
         Path(root).absolute() if root else None,
         Path(file).absolute() if file else None,
@@ -75,3 +139,12 @@ def elsewhere(dirs: config.Directories) -> str | None:
 def load(args: argparse.Namespace) -> config.Config:
     """The checked configuration.  Raises config.ConfigError."""
     return config.load(directories(args), explicit=hasattr(args, "config"))
+
+
+def where(args: argparse.Namespace) -> list[str]:
+    """The options that lead another program to the same place."""
+    found = []
+    for name in ("root", "config"):
+        if hasattr(args, name):
+            found += [f"--{name}", os.path.abspath(getattr(args, name))]
+    return found

@@ -28,10 +28,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from codexd import durable, spool, taskfile
-from codexd.config import LARGEST, ConfigError, Directories
+from codexd.config import FILE_MOST, ConfigError, Directories
 from codexd.ledger import LedgerBroken
 from codexd.model import Request, Resume, State
-from codexd.program import Exit, directories, options
+from codexd.program import Exit, directories, open_streams, options
 from codexd.service import Level, Service
 from codexd.taskfile import Overlap
 from codexd.view import View
@@ -61,9 +61,9 @@ def key(name: str, elapsed: float | None, now: float) -> str:
 def request(file: Path, key: str) -> tuple[Request, Overlap | None]:
     """What the schedule's file asks for.  Raises OSError, ValueError with the reason."""
     # An admin may keep the file elsewhere; durable.read follows no link.
-    data = durable.read(os.path.realpath(file), LARGEST)
+    data = durable.read(os.path.realpath(file), FILE_MOST)
     try:
-        found, overlap = taskfile.scheduled(file.name, data, max_bytes=LARGEST)
+        found, overlap = taskfile.scheduled(file.name, data, max_bytes=FILE_MOST)
     except taskfile.Refused as why:
         raise ValueError(f"{file}: {why}") from why
     if found.key is not None:
@@ -128,6 +128,7 @@ def _why(problem: OSError | ValueError | LedgerBroken) -> str:
 
 
 def main() -> None:
+    open_streams()
     parser = options("codexd-schedule", "deliver schedules/NAME.md into the inbox")
     parser.add_argument("--stamp", metavar="FILE", help="the timer's stamp file")
     parser.add_argument("name", metavar="NAME")

@@ -17,7 +17,7 @@ import time
 
 from codexd import master
 from codexd.config import ConfigError
-from codexd.program import Exit, load
+from codexd.program import Exit, load, refusal, where
 from codexd.service import Level, Service
 
 _AGAIN = 5.0  # seconds before a server that died is started again
@@ -27,7 +27,7 @@ class Http:
     """The HTTP server's process."""
 
     def __init__(self, args: argparse.Namespace, service: Service) -> None:
-        self._command = [sys.executable, "-m", "codexd.http", *_where(args)]
+        self._command = [sys.executable, "-m", "codexd.http", *where(args)]
         self._service = service
         self._alive, self._ours = os.pipe2(os.O_CLOEXEC)
         self._child: subprocess.Popen[str] | None = None
@@ -38,13 +38,13 @@ class Http:
         """Start it and wait until it says where it listens.  Raises HttpFailed."""
         child = self._spawn()
         assert child.stdout is not None
-        said = child.stdout.readline().split()
-        if said[:1] != ["listening"]:
+        said, _, address = child.stdout.readline().rstrip("\n").partition(" ")
+        if said != "listening":
             status = child.wait()
             if status <= 0:  # killed: it could not say why
                 self._service.log(Level.ERROR, "http.died", status=status)
             raise HttpFailed(status if status > 0 else Exit.UNAVAILABLE)
-        self.address = said[1]
+        self.address = address
 
     def _spawn(self) -> subprocess.Popen[str]:
         self._not_before = time.monotonic() + _AGAIN
@@ -69,14 +69,6 @@ class Http:
             self._child.wait()
 
 
-def _where(args: argparse.Namespace) -> list[str]:
-    found = []
-    for name in ("root", "config"):
-        if hasattr(args, name):
-            found += [f"--{name}", os.path.abspath(getattr(args, name))]
-    return found
-
-
 def serve(args: argparse.Namespace) -> int:
     """Serve until told to stop; the exit status."""
     service = Service("codexd")
@@ -84,7 +76,7 @@ def serve(args: argparse.Namespace) -> int:
         config = load(args)
     except ConfigError as error:
         service.log(Level.ERROR, "configuration", why=str(error))
-        return Exit.CONFIGURATION
+        return refusal(error)
     http = Http(args, service) if config.http.listen is not None else None
 
     def begin(one: master.Master) -> None:

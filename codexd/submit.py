@@ -238,7 +238,7 @@ def _words(view: View, ids: list[str], names: list[str]) -> tuple[list[str], lis
 
 def _parsed(name: str, file: BinaryIO) -> Request:
     """The request of a task file; the master knows its own limit."""
-    return taskfile.parse(name, file.read(config.LARGEST + 1), max_bytes=config.LARGEST)
+    return taskfile.parse(name, file.read(config.FILE_MOST + 1), max_bytes=config.FILE_MOST)
 
 
 def _read_task(name: str) -> Request:

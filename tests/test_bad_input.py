@@ -1044,7 +1044,7 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
     text = f'configuration why="{file}: cannot be read: '
     assert refused(tmp_path, "--config", str(file)) == (78, text + 'No such file or directory"')
     file.touch(0)
-    assert refused(tmp_path, "--config", str(file)) == (78, text + 'Permission denied"')
+    assert refused(tmp_path, "--config", str(file)) == (77, text + 'Permission denied"')
 
 
 # --- a host that refuses while we serve -----------------------------------------------------------
