@@ -8,6 +8,7 @@ token is spent.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from codexd.program import Exit
 from codexd.scripted import ScriptedModel
 from codexd.view import Json, View
 
+_END = 20.0  # seconds for the daemon to end
 _FIRST = "Please remember the word PELICAN for me."
 _SECOND = "Which word was it?"
 
@@ -35,6 +37,9 @@ class Bad(Exception):
 
 def run(config: Config) -> int:
     """The exit status; every step is one line."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave)
     try:
         binary = codex.find(config.codex.bin, os.environ.get("PATH"))
         version = codex.version(binary, codex.environment(os.environ, "/nonexistent", []))
@@ -48,11 +53,19 @@ def run(config: Config) -> int:
     return Exit.DONE
 
 
+def _leave(number: int, _frame: object) -> None:
+    """Told to end: not without what was begun, and that only once."""
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 @contextmanager
 def _root(binary: str) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix="codexd-selftest-"))
     try:
-        (place / "codexd.yaml").write_text(f"codex:\n  bin: {binary}\nhttp:\n  listen: off\n")
+        bin = json.dumps(binary)  # quoted, as YAML has it, too
+        (place / "codexd.yaml").write_text(f"codex:\n  bin: {bin}\nhttp:\n  listen: off\n")
         yield place
     finally:
         shutil.rmtree(place)
@@ -60,9 +73,7 @@ def _root(binary: str) -> Iterator[Path]:
 
 def _turns(root: Path) -> None:
     dirs = Directories.below(root)
-    dirs.codex_home.mkdir(mode=0o700)
     with ScriptedModel() as model, _served(root, model):
-        model.write_config(dirs.codex_home)
         view = View(dirs)
         first = _turn(view, _FIRST)
         print("ok    a dropped task was run and answered")
@@ -89,12 +100,20 @@ def _served(root: Path, model: ScriptedModel) -> Iterator[None]:
             raise Bad(f"codexd serve did not become ready: {(root / 'serve.log').read_text()}")
         print("ok    codexd serve is ready")
         yield
-        child.send_signal(signal.SIGTERM)
-        if child.wait(20) != 0:
+        if _ended(child) != 0:
             raise Bad(f"codexd serve ended with status {child.returncode}")
     finally:
+        _ended(child)
+
+
+def _ended(child: subprocess.Popen[str]) -> int:
+    """The status of the daemon after its orderly end, which leaves nothing running."""
+    child.terminate()
+    try:
+        return child.wait(_END)
+    except subprocess.TimeoutExpired:
         child.kill()
-        child.wait()
+        return child.wait()
 
 
 def _turn(view: View, prompt: str) -> Json:
