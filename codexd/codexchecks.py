@@ -7,12 +7,14 @@ written it.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
 
 from codexd import codex, profile
 from codexd.checks import Findings, Host, become, fail, ok, said, warn
+from codexd.config import Config
 
 _ALWAYS = "CODEX_API_KEY"
 _SYSCTL = Path("/proc/sys")
@@ -70,9 +72,18 @@ def login(host: Host) -> Findings:
     elif there:
         yield ok(f"{', '.join(sorted(there))} is set in {where}")
     else:
-        prefix = "runuser -u codexd -- env " if host.dirs.systemwide else ""
         what = f"neither a login in {home} nor {' or '.join(sorted(names))} in {where}"
-        yield fail(what, f"{prefix}CODEX_HOME={home} codex login")
+        yield fail(what, log_in(host.config, host.path))
+
+
+def log_in(config: Config, path: str) -> str:
+    """The command for it.  Codex need not be on PATH: not where pip has put it."""
+    try:
+        program = codex.find(config.codex.bin, path)
+    except codex.Missing:
+        program = "codex"
+    prefix = "runuser -u codexd -- env " if config.dirs.systemwide else ""
+    return f"{prefix}CODEX_HOME={shlex.quote(str(config.codex.home))} {shlex.quote(program)} login"
 
 
 def _keys(file: Path) -> set[str]:

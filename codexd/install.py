@@ -28,10 +28,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from codexd import codex, config, dropin, durable, layout, spool
+from codexd.codexchecks import log_in
 from codexd.config import Config, Directories
 from codexd.layout import File, Stand, Target
-from codexd.program import Exit
-from codexd.submit import Trouble
+from codexd.program import Exit, Trouble
 
 PROGRAMS = ("codexd", "codexd-master", "codexd-worker", "codexd-http")
 SERVICE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # systemd's own
@@ -318,12 +318,12 @@ def _next(one: Scene) -> Iterator[str]:
     if one.user:
         yield "Start it:        systemctl --user enable --now codexd"
         yield "Without a login: loginctl enable-linger"
-        yield f"Log in to Codex: CODEX_HOME={one.config.codex.home} codex login"
+        path = os.environ.get("PATH", os.defpath)
     else:
         yield "Start it:        systemctl enable --now codexd"
         yield "Who may use it:  usermod -aG codexd NAME"
-        home = one.config.codex.home
-        yield f"Log in to Codex: runuser -u codexd -- env CODEX_HOME={home} codex login"
+        path = SERVICE_PATH
+    yield f"Log in to Codex: {log_in(one.config, path)}"
     yield f"or put a key:    (umask 077; echo CODEX_API_KEY=... > {key})"
     if one.config.http.listen is None:
         option = "--user " if one.user else ""
