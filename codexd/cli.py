@@ -5,7 +5,7 @@ is shown is read from the state.  So it needs no lock, works while the daemon is
 down, and has no more power than the inbox's permissions give.
 
 Each verb is one function, found by its name in RUN; the parser is in `usage`,
-`ask` and `submit` are in `submit`.  stdout carries only what was asked for, all
+`ask` and `submit` are in `submit`, `check` in `valid`.  stdout carries only what was asked for, all
 else goes to stderr.
 """
 
@@ -17,17 +17,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from codexd import config, controlfile, report, taskfile
+from codexd.config import FILE_MOST
 from codexd.ledger import LedgerBroken
 from codexd.lock import Locked
 from codexd.model import State
-from codexd.program import Exit, directories, load
+from codexd.program import Exit, Trouble, clean, directories, load, open_streams, refusal
 from codexd.submit import (
-    Trouble,
     ask,
     give,
+    goes_on,
+    going_on,
     has_ended,
     retried,
     seconds,
@@ -36,11 +37,12 @@ from codexd.submit import (
     until_drained,
     until_ended,
     view_of,
+    watched,
 )
 from codexd.usage import parser
+from codexd.valid import check
 from codexd.view import Json, View
 
-_MOST = 64 << 20  # bytes read of a file or of standard input
 _LONGEST_NAME = 255  # bytes of a file's name
 
 
@@ -103,11 +105,17 @@ def show(args: argparse.Namespace) -> int:
 def wait(args: argparse.Namespace) -> int:
     view = view_of(args)
     timeout, began = seconds(args.timeout), time.monotonic()
-    tasks = []
-    for id in args.ids:
-        left = None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
-        tasks.append(until_ended(view, id, left, lambda _: None))
+    tasks: list[Json] = []
+    waited = list(args.ids)
+    with going_on(args, waited):
+        for id in args.ids:
+            left = None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
+            tasks.append(until_ended(view, id, left, watched(view, lambda _: None)))
+            if has_ended(tasks[-1]):
+                waited.remove(id)
     report.dump(tasks) if hasattr(args, "json") else report.table(tasks)
+    if waited:
+        goes_on(args, waited)
     return _status(tasks)
 
 
@@ -121,9 +129,12 @@ def follow(args: argparse.Namespace) -> int:
     view = view_of(args)
     json = hasattr(args, "json")
     follower = report.progress(view.dirs, sys.stderr if json else sys.stdout)
-    task = until_ended(view, args.id, seconds(args.timeout), follower)
+    with going_on(args, [args.id]):
+        task = until_ended(view, args.id, seconds(args.timeout), watched(view, follower))
     if json:
         report.dump(task)
+    if not has_ended(task):
+        goes_on(args, [args.id])
     return _status([task])
 
 
@@ -138,13 +149,12 @@ def control(args: argparse.Namespace) -> int:
     if args.control == "retry":
         report.lines(retried(view, ids))
         return Exit.DONE
-    for id in ids:
-        give(view.dirs, f"{id}.{args.control}")
+    give(view, *(f"{id}.{args.control}" for id in ids))
     return Exit.DONE
 
 
 def gate(args: argparse.Namespace) -> int:
-    give(directories(args), f"all.{args.verb}")
+    give(View(directories(args)), f"all.{args.verb}")
     return Exit.DONE
 
 
@@ -153,7 +163,7 @@ def drain(args: argparse.Namespace) -> int:
     if timeout is not None and not args.wait:
         raise Trouble(Exit.USAGE, "--timeout: only with --wait")
     view = View(directories(args))
-    give(view.dirs, "all.drain")
+    give(view, "all.drain")
     return until_drained(view, timeout) if args.wait else Exit.DONE
 
 
@@ -182,7 +192,7 @@ def session_reset(args: argparse.Namespace) -> int:
     if len(os.fsencode(name)) > _LONGEST_NAME:
         why = "its name is too long for a control file; say `resume: never` in its next task"
         raise Trouble(Exit.FAILED, f"session {args.name}: {why}")
-    give(view.dirs, name)
+    give(view, name)
     return Exit.DONE
 
 
@@ -190,7 +200,10 @@ def memory(args: argparse.Namespace) -> int:
     from codexd import memory as notes
 
     settings = load(args)
-    given = sys.stdin.buffer.read(_MOST).decode("utf-8", "replace") if args.words == ["-"] else ""
+    view_of(args)
+    given = (
+        sys.stdin.buffer.read(FILE_MOST).decode("utf-8", "replace") if args.words == ["-"] else ""
+    )
     text = given or " ".join(args.words)
     found = notes.search(
         list(settings.memory.paths),
@@ -214,15 +227,17 @@ def status(args: argparse.Namespace) -> int:
         view = view_of(args)
         well, health = view.health()
         report.status(view, well, health)
-    return Exit.DONE if well else Exit.UNAVAILABLE
+    if not well:
+        return Exit.UNAVAILABLE
+    return Exit.FAILED if report.problems(health) else Exit.DONE
 
 
 def usage(args: argparse.Namespace) -> int:
-    view = View(directories(args))
+    view = view_of(args)
     found = view.usage(args.by)
     report.dump(found) if hasattr(args, "json") else report.used(args.by, found)
     for damage in view.damaged:
-        print(f"codexd: {report.clean(damage)}; not counted", file=sys.stderr)
+        print(f"codexd: {clean(damage)}; not counted", file=sys.stderr)
     return Exit.DONE
 
 
@@ -237,38 +252,8 @@ def gc(args: argparse.Namespace) -> int:
     told = [{"kind": o.kind, "path": str(o.paths[0]), "bytes": o.bytes} for o in found]
     report.dump(told) if hasattr(args, "json") else report.removed(told)
     for problem in problems:
-        print(f"codexd: {report.clean(_said(problem))}", file=sys.stderr)
+        print(f"codexd: {clean(_said(problem))}", file=sys.stderr)
     return Exit.FAILED if problems else Exit.DONE
-
-
-def check(args: argparse.Namespace) -> int:
-    found = [_checked(args, name) for name in args.files]
-    if hasattr(args, "json"):
-        report.dump(found)
-    else:
-        report.checks(found)
-    return Exit.DONE if all(one["ok"] for one in found) else Exit.FAILED
-
-
-def _checked(args: argparse.Namespace, name: str) -> Json:
-    """What is wrong with a file, and in which line."""
-    line: int | None = None
-    why: str | None = None
-    try:
-        if os.path.basename(name) == "codexd.yaml":
-            dirs = directories(argparse.Namespace(**{**vars(args), "config": name}))
-            config.load(dirs, explicit=True)
-        else:
-            scheduled = Path(name).absolute().parent.name == "schedules"
-            parse = taskfile.scheduled if scheduled else taskfile.parse
-            parse(os.path.basename(name), Path(name).read_bytes(), max_bytes=taskfile.MAX_BYTES)
-    except taskfile.Refused as error:
-        line, why = error.line, error.reason
-    except config.ConfigError as error:
-        why = str(error)  # with the file and the line in it
-    except OSError as error:
-        why = error.strerror or str(error)
-    return {"file": name, "ok": why is None, "line": line, "reason": why}
 
 
 # --- the program ------------------------------------------------------------------
@@ -286,6 +271,7 @@ RUN: dict[str, Callable[[argparse.Namespace], int]] = {
 
 def main() -> None:
     """Run the verb; every failure is one line on stderr and an exit status."""
+    open_streams()
     args = parser().parse_args()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -293,24 +279,38 @@ def main() -> None:
         status = RUN[args.run](args)
         sys.stdout.flush()
         sys.exit(status)
-    except BrokenPipeError:
-        # Who read us has seen enough.  Python writes once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # who read us has seen enough
+        _silence()
         sys.exit(128 + signal.SIGPIPE)
     except Trouble as trouble:
         _die(trouble.status, str(trouble))
     except taskfile.Refused as why:
         _die(Exit.USAGE, str(why))
     except config.ConfigError as why:
-        _die(Exit.CONFIGURATION, str(why))
+        _die(refusal(why), str(why))
     except PermissionError as error:
         _die(Exit.PERMISSION, _said(error))
     except OSError as error:
-        _die(Exit.UNAVAILABLE, _said(error))
+        _die(Exit.UNAVAILABLE, _unprinted() or _said(error))
     except LedgerBroken as broken:
         _die(Exit.UNAVAILABLE, str(broken))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def _unprinted() -> str | None:
+    """Why standard output does not take what was printed; None if it does."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _silence()
+        return f"standard output: {error.strerror}"
+    return None
+
+
+def _silence() -> None:
+    """Python writes what is left of the output once more when it exits: to nobody."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _said(error: OSError) -> str:
@@ -319,7 +319,7 @@ def _said(error: OSError) -> str:
 
 
 def _die(status: Exit, text: str) -> None:
-    print(f"codexd: {report.clean(text)}", file=sys.stderr)
+    print(f"codexd: {clean(text)}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -16,6 +16,7 @@ from codexd.model import is_id
 from codexd.taskfile import LABEL, Refused
 
 ALL = "all"  # the target of what is about no single task
+EMPTY = "a control file (here .{}) must be empty"
 _BROKEN_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from codexd import checks, codexchecks, config, install, report, unitchecks
 from codexd.checks import Finding, Findings, Host, Status
 from codexd.config import ConfigError, Directories, Launcher
-from codexd.program import Exit, directories, elsewhere
+from codexd.program import Exit, clean, directories, elsewhere
 
 TABLE: dict[str, Callable[[Host], Findings]] = {
     "python": checks.python,
@@ -61,9 +61,9 @@ def doctor(args: argparse.Namespace) -> int:
         )
     else:
         for name, finding in found:
-            print(f"{finding.status:4}  {name}: {report.clean(finding.what)}")
+            print(f"{finding.status:4}  {name}: {clean(finding.what)}")
             if finding.mend:
-                print(f"      {'mend:':8}{report.clean(finding.mend)}")
+                print(f"      {'mend:':8}{clean(finding.mend)}")
     failed = any(finding.status is Status.FAIL for _, finding in found)
     return Exit.FAILED if failed else Exit.DONE
 

@@ -210,7 +210,7 @@ class Intake:
         data = spool.contents(self.dirs, id, self.config.limits.file)
         control, of = controlfile.control(name), None
         if control and data:
-            raise Refusal(f"a control file (here .{control.verb}) must be empty")
+            raise Refusal(controlfile.EMPTY.format(control.verb))
         if control and control.verb == "retry":
             of = control.target
             if of in self.ledger.book.tasks:

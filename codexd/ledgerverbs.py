@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Iterable
 from typing import BinaryIO
@@ -21,8 +20,10 @@ from codexd import audit, report
 from codexd.audit import Checked, Problem
 from codexd.config import Directories
 from codexd.model import Event
-from codexd.program import Exit, directories
-from codexd.submit import Trouble, give
+from codexd.program import Exit, Trouble, clean, directories
+from codexd.submit import give
+from codexd.view import View
+from codexd.wire import json_text
 
 # Facts with a column of their own; the others stand in the last one, in JSON.
 _COLUMNS = ("session", "file", "title", "launches", "attempts", "outcome", "reason", "until",
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """The verbs.  Raises Trouble, OSError, LedgerBroken."""
     dirs = directories(args)
     if args.ledger == "compact":
-        give(dirs, "all.compact")
+        give(View(dirs), "all.compact")
         return Exit.DONE
     try:
         return _verify(dirs, args) if args.ledger == "verify" else _export(dirs, args)
@@ -53,13 +54,13 @@ def _verify(dirs: Directories, args: argparse.Namespace) -> int:
         for problem in problems:
             found.append(problem)
             if not hasattr(args, "json"):
-                print(report.clean(_line(problem)))
+                print(clean(_line(problem)))
 
     def look(file: BinaryIO) -> None:
         looked.append(Checked(file.name))
         told(audit.check(file, looked[-1], audit.is_written(dirs, file)))
         if not hasattr(args, "json"):
-            print(report.clean(_summary(looked[-1])))
+            print(clean(_summary(looked[-1])))
 
     if args.file is not None:
         with open(args.file, "rb") as one:
@@ -103,7 +104,7 @@ def _export(dirs: Directories, args: argparse.Namespace) -> int:
     def told(what: str) -> None:
         nonlocal damaged
         damaged += 1
-        print(f"codexd: {report.clean(what)}; left out", file=sys.stderr)
+        print(f"codexd: {clean(what)}; left out", file=sys.stderr)
 
     found = audit.events(audit.files(dirs), told)
     if args.format == "csv":
@@ -117,15 +118,15 @@ def _export(dirs: Directories, args: argparse.Namespace) -> int:
 
 def _object(event: Event) -> str:
     told = {"at": event.at, "kind": event.kind, "id": event.id or None, "facts": event.facts}
-    return json.dumps(told) + "\n"
+    return json_text(told) + "\n"
 
 
 def _row(event: Event) -> list[str]:
     facts = dict(event.facts)
     own = [_cell(facts.pop(name, None)) for name in _COLUMNS]
-    return [event.at, event.kind, event.id, *own, json.dumps(facts) if facts else ""]
+    return [event.at, event.kind, event.id, *own, json_text(facts) if facts else ""]
 
 
 def _cell(value: object) -> str:
-    text = "" if value is None else report.clean(value)
+    text = "" if value is None else clean(value)
     return f"'{text}" if text.startswith(_FORMULA) else text

@@ -7,7 +7,6 @@ characters are shown escaped.  Into a pipe, an answer goes byte for byte.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -17,32 +16,24 @@ from typing import TYPE_CHECKING, TextIO
 from codexd import place, spend
 from codexd.codex import Reader
 from codexd.config import Directories
+from codexd.program import clean
 from codexd.view import Json, View
+from codexd.wire import json_text
 
 if TYPE_CHECKING:
     from codexd.memory import Found
 
+_PATIENCE = 0.5  # seconds in which failures of long ago are looked for
 _SHORT = 60  # characters of a title in a table
-# Spaces and joiners of many scripts: no letters, so not "printable", but no danger.
-_HARMLESS = "\u00a0\u00ad\u2002\u2003\u2009\u200a\u200c\u200d\u202f\u3000"
 
 
 def dump(value: object) -> None:
-    print(json.dumps(value, indent=2))
+    print(json_text(value, indent=2))
 
 
 def lines(values: Iterable[str]) -> None:
     """One value a line."""
     sys.stdout.writelines(f"{value}\n" for value in values)
-
-
-def clean(text: object, breaks: bool = False) -> str:
-    """Text without anything that steers a terminal."""
-    keep = _HARMLESS + ("\n\t" if breaks else "")
-    return "".join(
-        c if c.isprintable() or c in keep else c.encode("unicode_escape", "replace").decode()
-        for c in str(text)
-    )
 
 
 def _show(text: str, stream: TextIO) -> None:
@@ -123,7 +114,8 @@ def progress(dirs: Directories, stream: TextIO = sys.stderr) -> Callable[[Json],
                 offset = _feed(reader, file, offset)
         now = sentence(task)
         if task["state"] == "running" and reader is not None:
-            now = f"task {task['id']} running: {clean(reader.activity)}"
+            doing = reader.activity.removeprefix("running: ")
+            now = f"task {task['id']} running: {clean(doing)}"
         if now != last:
             last = now
             print(f"{time.strftime('%H:%M:%S')} {now}", file=stream, flush=True)
@@ -156,18 +148,21 @@ def checks(found: Sequence[Json]) -> None:
     for one in found:
         where = f"{one['file']}:{one['line']}" if one["line"] else one["file"]
         told = one["reason"] or "ok"
-        print(clean(told if str(told).startswith(str(where)) else f"{where}: {told}"))
+        print(clean(f"{where}: {told}"))
 
 
 # --- tables -----------------------------------------------------------------------
 
 
-def rows(head: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
-    """A table with aligned columns; the last one is as long as it likes."""
+def rows(head: Sequence[str], lines: Iterable[Sequence[object]], numbers: int = 0) -> None:
+    """A table with aligned columns, `numbers` first; the last one is as long as it likes."""
     table = [list(head), *([clean(cell) for cell in line] for line in lines)]
     widths = [max(len(line[i]) for line in table) for i in range(len(head) - 1)]
     for line in table:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+        cells = [
+            cell.rjust(width) if i < numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=False))
+        ]
         print("  ".join([*cells, line[-1]]).rstrip())
 
 
@@ -226,15 +221,37 @@ def _reason(name: str, facts: object) -> str:
 def _hooks(told: object) -> None:
     """What hooks were not told yet, where one fails."""
     if isinstance(told, dict) and told.get("failing"):
-        plural = "s" * (told["owed"] != 1)
         why = "; ".join(f"{name}: {text}" for name, text in told["failing"].items())
-        print(clean(f"hooks: {told['owed']} event{plural} owed; {why}"))
+        print(clean(f"hooks: {_count(told['owed'], 'event')} owed; {why}"))
+
+
+def problems(health: Json) -> list[str]:
+    """What has to be mended although work goes on, or besides the reason why it does not."""
+    found = []
+    if health["status"] != "down":
+        if health.get("config_problem"):
+            then = "what was in force stays in force"
+            found.append(f"configuration: {health['config_problem']}; {then}")
+        if damaged := health.get("damaged"):
+            found.append(f"ledger: {_count(damaged, 'damaged line')}; see codexd ledger verify")
+        if health.get("full"):
+            found.append("inbox: the queue is full (limits.queue); files wait until there is room")
+        if health.get("sandbox"):
+            found.append(f"sandbox: {health['sandbox']}")
+    return [clean(line) for line in found]
+
+
+def _count(number: object, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def status(view: View, well: bool, health: Json) -> None:
     """One screen: is all well, what goes on, what failed last, what today used."""
     tasks = view.short_list()
-    print(f"codexd: {'all is well' if well else why(health)}")
+    wrong = problems(health)
+    summary = "it works, but something has to be mended" if wrong else "all is well"
+    print(f"codexd: {summary if well else why(health)}")
+    lines(wrong)
     if "version" in health:
         print(
             clean(
@@ -249,9 +266,12 @@ def status(view: View, well: bool, health: Json) -> None:
         _hooks(health.get("hooks"))
     for state in ("running", "waiting", "queued"):
         _section(state, [t for t in tasks if t["state"] == state])
-    _section("failed last", [t for t in tasks if t["state"] == "failed"][-5:])
+    _section("failed last", view.last("failed", None, 5, _PATIENCE))
     _today(health.get("today") or _last_day(view))
-    print(f"state: {view.dirs.state}   inbox: {view.dirs.inbox} ({health.get('inbox', 0)} files)")
+    inbox = (
+        "not there, or not for you" if health["inbox"] is None else _count(health["inbox"], "file")
+    )
+    print(f"state: {view.dirs.state}   inbox: {view.dirs.inbox} ({inbox})")
 
 
 def _section(name: str, tasks: Sequence[Json]) -> None:
@@ -259,7 +279,9 @@ def _section(name: str, tasks: Sequence[Json]) -> None:
         return
     print(f"\n{name}: {len(tasks)}")
     for task in tasks[:10]:
-        print("  " + sentence(task) + (f"  {clean(_what(task))}" if _what(task) else ""))
+        ended = f"{str(task['ended'])[:19]}  " if task["ended"] else ""
+        what = f"  {clean(_what(task))}" if _what(task) else ""
+        print(f"  {ended}{sentence(task)}{what}")
     if len(tasks) > 10:
         print(f"  and {len(tasks) - 10} more: codexd task list")
 
@@ -268,7 +290,8 @@ def _today(used: object) -> None:
     if isinstance(used, dict):
         most = f" of {used['limit']}" if used.get("limit") else ""
         print(
-            f"\n{used['day']}: {used['attempts']} attempts, {used['tokens']} tokens{most} "
+            f"\n{used['day']}: {_count(used['attempts'], 'attempt')}, "
+            f"{used['tokens']} tokens{most} "
             f"({used['input_tokens']} in, {used['cached_input_tokens']} of them cached, "
             f"{used['output_tokens']} out)"
         )
@@ -284,6 +307,7 @@ def used(by: str, found: Sequence[Json]) -> None:
     rows(
         ("TOKENS", "IN", "CACHED", "OUT", "REASONING", "ATTEMPTS", by.upper()),
         ((*(str(u[k]) for k in _USED), "-" if u[by] in (None, "") else u[by]) for u in found),
+        len(_USED),
     )
 
 
@@ -324,5 +348,8 @@ def memory(found: Found, explain: bool) -> None:
         if explain:
             print(clean(f"  score {hit.score:.3f}; terms: {' '.join(sorted(hit.terms))}"))
         print("".join(f"  {clean(line)}\n" for line in hit.text.splitlines()))
-    told = f"{len(found.hits)} excerpts by {found.tool} in {found.seconds * 1000:.0f} ms"
+    told = "no note fits"
+    if found.hits:
+        excerpts = _count(len(found.hits), "excerpt")
+        told = f"{excerpts} by {found.tool} in {found.seconds * 1000:.0f} ms"
     print(told + (f"; {found.note}" if found.note else ""), file=sys.stderr)

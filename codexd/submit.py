@@ -1,38 +1,30 @@
 """Submitting: `ask` and `task submit`, and waiting for what becomes of it.
 
-Checks what it is given as the master will, delivers it into the inbox under an
-id of its own making, and waits for the master's word.  Part of `cli`.
+Delivers what `asking` has checked into the inbox, under an id of its own making, and
+waits for the master's word.  Who asks for something and hears nothing of it is told
+why.  Part of `cli`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from typing import BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from codexd import config, report, spool, taskfile
-from codexd.document import Document, Form, Scalar
-from codexd.model import Note, Request, State
-from codexd.program import Exit, directories, elsewhere
-from codexd.view import Json, View
+from codexd import asking, config, report, spool
+from codexd.document import Form, Scalar
+from codexd.model import Note, State
+from codexd.program import Exit, Trouble, directories, elsewhere, where
+from codexd.view import WORD, Json, View
 
 POLL = 0.03  # seconds between looks at the ledger while somebody waits
-_LISTS = ("images", "add_dirs", "after")  # keys of several values
 RESTART = 15.0  # seconds for which a daemon that others wait for may be down
-_LOOK = 0.2  # seconds between looks at the daemon's sign of life
-WORD = 5.0  # seconds to wait for the master's word on a submission
-
-
-class Trouble(Exception):
-    """Why a command cannot be carried out, with its exit status."""
-
-    def __init__(self, status: Exit, text: str) -> None:
-        super().__init__(text)
-        self.status = status
+_LOOK = 0.2  # seconds between looks at the daemon's sign of life,
+_GLANCE = 1.0  # and while it is the task that is waited for
 
 
 def view_of(args: argparse.Namespace) -> View:
@@ -112,69 +104,44 @@ def ask(args: argparse.Namespace) -> int:
             f"codexd is not serving {view.dirs.state}: "
             f"{elsewhere(view.dirs) or 'start it with `codexd serve`'}. Nothing was submitted",
         )
-    timeout = seconds(args.timeout)
-    id = _deliver(view, _request(args))
-    id = _word(view, id)
-    print(f"codexd: task {id}", file=sys.stderr)
-    if not well:
-        print(f"codexd: it will wait: {report.why(health)}", file=sys.stderr)
-    task = until_ended(view, id, timeout, report.progress(view.dirs))
+    timeout, began = seconds(args.timeout), time.monotonic()
+    id = _deliver(view, asking.by_options(args, asking.limit(args, health)))
+    with going_on(args, [id]):
+        id = _word(view, id, WORD if timeout is None else min(WORD, timeout))
+        print(f"codexd: task {id}", file=sys.stderr)
+        if not well:
+            print(f"codexd: it will wait: {report.why(health)}", file=sys.stderr)
+        _tell_untaken(view, [id])
+        left = None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
+        task = until_ended(view, id, left, watched(view, report.progress(view.dirs)))
     if hasattr(args, "json"):
         report.dump(task)
     elif task["state"] == State.DONE:
         report.answer(view.dirs, task)
-    if task["state"] == State.DONE:
-        return Exit.DONE
-    print(f"codexd: {report.sentence(task)}", file=sys.stderr)
-    return Exit.FAILED if has_ended(task) else Exit.UNFINISHED
+    if not has_ended(task):
+        goes_on(args, [id])
+        return Exit.UNFINISHED
+    return Exit.DONE if task["state"] == State.DONE else Exit.FAILED
 
 
-def _request(args: argparse.Namespace) -> Request:
-    """The request of `ask`, checked as a task file is."""
-    text = _standard_input() if args.text == "-" else args.text
-    values: dict[str, object] = {"prompt": Scalar(text, Form.TEXT)}
-    for option in args.option:
-        key, found, value = option.partition("=")
-        if not found or key == "prompt":
-            raise Trouble(Exit.USAGE, f"-o {option}: it must be KEY=VALUE, and no prompt")
-        several = [Scalar(part, Form.PLAIN) for part in value.split(",")]
-        values[key] = several if key in _LISTS else Scalar(value, Form.PLAIN)
-    if args.session is not None:
-        values["session"] = Scalar(args.session, Form.TEXT)
-    if args.workdir is not None:
-        values["workdir"] = Scalar(os.path.abspath(args.workdir), Form.TEXT)
-    request = taskfile.from_mapping(Document(values))
-    return request if request.title else replace(request, title=_title(request.prompt))
-
-
-def _standard_input() -> str:
-    """A prompt from standard input, checked as a file of plain text is."""
-    try:
-        return _parsed("-", sys.stdin.buffer).prompt
-    except taskfile.Refused as why:
-        raise Trouble(Exit.USAGE, f"standard input: {why}. Nothing was submitted") from why
-
-
-def _title(text: str) -> str:
-    """What a list shows of a task that has no file name."""
-    first = text.strip().splitlines()[0]
-    return "".join(c for c in first if c.isprintable())[:80].strip() or "untitled"
-
-
-def _deliver(view: View, request: Request) -> str:
+def _deliver(view: View, data: bytes) -> str:
     id = spool.new_id()
     try:
-        spool.deliver(view.dirs.inbox, f"{id}.json", taskfile.dump(request))
+        spool.deliver(view.dirs.inbox, f"{id}.json", data)
     except OSError as error:
         raise _undelivered(view.dirs, error) from error
     return id
 
 
-def give(dirs: config.Directories, name: str) -> None:
-    try:
-        spool.deliver_control(dirs.inbox, name)
-    except OSError as error:
-        raise _undelivered(dirs, error) from error
+def give(view: View, *names: str) -> None:
+    """Deliver control files; where nobody obeys them now, that is said."""
+    for name in names:
+        try:
+            spool.deliver_control(view.dirs.inbox, name)
+        except OSError as error:
+            raise _undelivered(view.dirs, error) from error
+    if not serves(view):
+        print("codexd: not serving now; that is obeyed when codexd serves", file=sys.stderr)
 
 
 def _undelivered(dirs: config.Directories, error: OSError) -> Trouble:
@@ -203,13 +170,15 @@ def _word(view: View, id: str, seconds: float = WORD) -> str:
 
 def submit(args: argparse.Namespace) -> int:
     view = view_of(args)
-    serving = view.health()[1]["status"] != "down"
-    requests = [_read_task(name) for name in args.files]
+    health = view.health()[1]
+    serving = health["status"] != "down"
+    most = asking.limit(args, health)
+    contents = [asking.by_file(name, most) for name in args.files]
     ids: list[str] = []
     refused: list[str] = []
     try:
-        for request in requests:
-            ids.append(_deliver(view, request))
+        for data in contents:
+            ids.append(_deliver(view, data))
         if serving:
             ids, refused = _words(view, ids, args.files)
         else:
@@ -229,44 +198,91 @@ def _words(view: View, ids: list[str], names: list[str]) -> tuple[list[str], lis
     for id, name in zip(ids, names, strict=True):
         try:
             accepted.append(_word(view, id, wait))
-            if not view.accepted(id):
+            if not view.accepted(accepted[-1]):
                 wait = 0.0  # a full queue takes none of them
         except Trouble as why:
             refused.append(f"{name}: {why}")
+    _tell_untaken(view, accepted)
     return accepted, refused
-
-
-def _parsed(name: str, file: BinaryIO) -> Request:
-    """The request of a task file; the master knows its own limit."""
-    return taskfile.parse(name, file.read(config.FILE_MOST + 1), max_bytes=config.FILE_MOST)
-
-
-def _read_task(name: str) -> Request:
-    try:
-        if name == "-":
-            return _parsed("-.md", sys.stdin.buffer)
-        with open(name, "rb") as file:
-            request = _parsed(os.path.basename(name), file)
-        title = _title(os.path.basename(name))
-        return request if request.title else replace(request, title=title)
-    except OSError as error:
-        status = Exit.PERMISSION if isinstance(error, PermissionError) else Exit.FAILED
-        raise Trouble(status, f"{name}: {error.strerror}. Nothing was submitted") from error
-    except taskfile.Refused as why:
-        raise Trouble(Exit.FAILED, f"{name}: {why}. Nothing was submitted") from why
 
 
 def retried(view: View, ids: list[str]) -> list[str]:
     """Ask for ended tasks to be run again; the new ids, as far as the master says them."""
     before = {str(task["id"]) for task in view.short_list()}
-    serving = view.health()[1]["status"] != "down"
-    for id in ids:
-        give(view.dirs, f"{id}.retry")
-    if not serving:
-        print("codexd: not serving now; that waits in the inbox", file=sys.stderr)
-    end = time.monotonic() + (WORD if serving else 0.0)
+    give(view, *(f"{id}.retry" for id in ids))
+    end = time.monotonic() + (WORD if serves(view) else 0.0)
     while True:
         new = {t["retry_of"]: str(t["id"]) for t in view.short_list() if t["id"] not in before}
         if new.keys() >= set(ids) or time.monotonic() >= end:
-            return [new[id] for id in ids if id in new]
+            break
         time.sleep(POLL)
+    if serves(view):
+        for id in [id for id in ids if id not in new]:
+            _tell_untried(view, f"{id}.retry")
+    return [new[id] for id in ids if id in new]
+
+
+# --- what is not heard of -------------------------------------------------------------
+
+
+def serves(view: View) -> bool:
+    return view.health()[1]["status"] != "down"
+
+
+def _tell_untaken(view: View, ids: Sequence[str]) -> None:
+    """Of which submissions the master has not said a word yet, and why."""
+    for id in ids:
+        if not view.accepted(id):
+            print(f"codexd: task {id} lies in the inbox: {_why_not(view)}", file=sys.stderr)
+
+
+def _tell_untried(view: View, name: str) -> None:
+    """The same of a retry that made no task."""
+    if os.path.lexists(view.dirs.inbox / name):
+        told = f"lies in the inbox: {_why_not(view)}"
+    else:
+        told = f"made no task yet; if it was rejected, {view.dirs.rejected} has the reason"
+    print(f"codexd: {name} {told}", file=sys.stderr)
+
+
+def _why_not(view: View) -> str:
+    health = view.health()[1]
+    if health["status"] == "down":
+        return "codexd is not serving now"
+    if health.get("full"):
+        return "the queue is full (limits.queue)"
+    return "codexd has not taken it yet"
+
+
+def watched(view: View, told: Callable[[Json], None]) -> Callable[[Json], None]:
+    """`told`, and when the daemon stops for which somebody waits, that."""
+    down, look = False, time.monotonic() + _GLANCE
+
+    def both(task: Json) -> None:
+        nonlocal down, look
+        told(task)
+        if time.monotonic() < look or has_ended(task):
+            return
+        look = time.monotonic() + _GLANCE
+        if serves(view) == down:
+            down = not down
+            what = "not serving now; it goes on when codexd serves" if down else "serving again"
+            print(f"codexd: {what}", file=sys.stderr)
+
+    return both
+
+
+@contextmanager
+def going_on(args: argparse.Namespace, ids: list[str]) -> Iterator[None]:
+    """Whoever ends the command meanwhile is told that the tasks, those in `ids`, go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        goes_on(args, ids)
+        raise
+
+
+def goes_on(args: argparse.Namespace, ids: Sequence[str]) -> None:
+    what, verb = ("task goes", "follow") if len(ids) == 1 else ("tasks go", "wait")
+    command = shlex.join(["codexd", *where(args), "task", verb, *ids])
+    print(f"codexd: the {what} on: {command}", file=sys.stderr)

@@ -17,7 +17,7 @@ from pathlib import Path
 from codexd import codex, dropin, install, layout, sockets
 from codexd.checks import Finding, Findings, Host, become, fail, ok, said, warn
 from codexd.layout import Stand
-from codexd.submit import Trouble
+from codexd.program import Trouble
 from codexd.view import View
 
 _SHOWN = "LoadState,UnitFileState,ActiveState,NeedDaemonReload,Result,NRestarts"

@@ -7,15 +7,24 @@ manual can be compared with the parser, and nothing has to run for it.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from codexd import __version__
 from codexd.model import State
-from codexd.program import shared
+from codexd.program import Parser, named, shared
+
+_BY = ("day", "session", "model")
+_FORMATS = ("json", "csv")
+
+
+def _one(of: Sequence[str]) -> str:
+    """The values that an option may have, for its help."""
+    return f"{', '.join(of[:-1])} or {of[-1]}"
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    top: argparse.ArgumentParser = Parser(
         prog="codexd", description="the spooler for the Codex CLI", parents=[shared()]
     )
     top.add_argument("--version", action="version", version=f"codexd {__version__}")
@@ -34,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     _memory(_verb(verbs, "memory", "memory", "what notes a task with these words is given", "json"))
     _verb(verbs, "status", "status", "one screen: is all well, and what is going on", "json")
     used = _verb(verbs, "usage", "usage", "tokens, by day, session or model", "json")
-    used.add_argument("--by", choices=("day", "session", "model"), default="day", metavar="WHAT")
+    used.add_argument("--by", choices=_BY, default=_BY[0], metavar="WHAT", help=_one(_BY))
     swept = _verb(verbs, "gc", "gc", "remove what is older than the configuration keeps", "json")
     swept.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
     found = _verb(verbs, "ledger", None, "the ledger")
@@ -71,10 +80,10 @@ def _verb(
 
 def _ask(found: argparse.ArgumentParser) -> None:
     found.add_argument("-s", "--session", metavar="NAME", help="continue this session")
-    found.add_argument("-C", "--workdir", metavar="DIR", help="where Codex works")
+    found.add_argument("-C", "--workdir", metavar="DIR", type=named, help="where Codex works")
     found.add_argument(
         "-o", "--option", metavar="KEY=VALUE", action="append", default=[],
-        help="any key of a task file, such as -o priority=9 -o timeout=2h",
+        help="any key of a task file, such as -o priority=9 -o limits.memory=1G",
     )  # fmt: skip
     found.add_argument("--timeout", metavar="TIME", help="give up waiting after this time")
     found.add_argument("text", metavar="TEXT", help="what to do; - reads it from standard input")
@@ -84,8 +93,9 @@ def _task(verbs: Verbs[argparse.ArgumentParser]) -> None:
     one = _verb(verbs, "submit", "submit", "submit task files; print their ids", "json")
     one.add_argument("files", nargs="+", metavar="FILE", help="- reads one from standard input")
     one = _verb(verbs, "list", "task_list", "live tasks, and the last that ended", "json")
-    one.add_argument("--state", choices=[s.value for s in State])
-    one.add_argument("--session", metavar="NAME")
+    states = [s.value for s in State]
+    one.add_argument("--state", choices=states, metavar="STATE", help=f"only {_one(states)}")
+    one.add_argument("--session", metavar="NAME", help="only those of this session")
     one = _verb(verbs, "show", "show", "everything about one task", "json")
     one.add_argument("id", metavar="ID")
     one = _verb(verbs, "wait", "wait", "wait until tasks have ended", "json", "timeout")
@@ -127,12 +137,16 @@ def _ledger(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     one = _verb(verbs, "export", "ledger", "print every event, the oldest first", "json")
     one.set_defaults(ledger="export")
-    one.add_argument("--format", choices=("json", "csv"), default="json", metavar="FORMAT")
+    one.add_argument(
+        "--format", choices=_FORMATS, default=_FORMATS[0], metavar="FORMAT", help=_one(_FORMATS)
+    )
 
 
 def _install(found: argparse.ArgumentParser) -> None:
     found.add_argument("--user", action="store_true", help="for the user who calls it alone")
-    found.add_argument("--prefix", metavar="DIR", help="below DIR, and run nothing: for packages")
+    found.add_argument(
+        "--prefix", metavar="DIR", type=named, help="below DIR, and run nothing: for packages"
+    )
 
 
 def _memory(found: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ import pty
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -189,9 +190,22 @@ def test_ask_with_options(root: Root, tmp_path: Path) -> None:
     assert argv.count("-i") == 2
 
 
+def test_ask_with_a_check_of_its_own(root: Root) -> None:
+    done = root.run("ask", "-o", "verify.command=echo a=b, c; exit 3", "-o", "verify.rounds=1", "x")
+    assert done.returncode == 1
+    assert "failed (verify): " in done.stderr
+    done = root.run("ask", "-o", "limits.memory=1G", "-o", "limits.tasks=10", "x")
+    assert done.stderr.startswith("codexd: rejected: limits: only where workers are systemd units")
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
+        (["-o", "verify.comand=x"], "verify.comand: unknown key (did you mean command?)"),
+        (["-o", "verify.rounds=2"], "verify.command: "),
+        (["-o", "verify=1", "-o", "verify.rounds=1"], "-o verify.rounds=1: verify was given a"),
+        (["-o", "limits.memory=1"], "limits.memory: found '1'; allowed: a size from 1M"),
+        (["-o", "x.y=1"], "x: unknown key"),
         (["-o", "priority"], "-o priority: it must be KEY=VALUE, and no prompt"),
         (["-o", "prompt=x"], "-o prompt=x: it must be KEY=VALUE, and no prompt"),
         (["-o", "sesion=x"], "sesion: unknown key (did you mean session?); allowed: "),
@@ -215,8 +229,10 @@ def test_ask_tells_of_a_failure(root: Root) -> None:
     root.behave(mode="no-terminal")
     done = root.run("ask", "-o", "attempts=1", "x")
     assert (done.returncode, done.stdout) == (1, "")
-    last = done.stderr.splitlines()[-1]
-    assert re.fullmatch(rf"codexd: task {ID} failed \(\S+\): \S.*", last)
+    told = [line for line in done.stderr.splitlines() if " failed " in line]
+    assert len(told) == 1, "once"
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d task {ID} failed \(\S+\): \S.*", told[0])
+    assert done.stderr.endswith(f"{told[0]}\n")
 
 
 def test_ask_tells_why_it_was_rejected(root: Root) -> None:
@@ -233,7 +249,8 @@ def test_ask_gives_up_waiting_but_not_the_task(root: Root) -> None:
     done = root.run("ask", "--timeout", "1s", "x")
     assert (done.returncode, done.stdout) == (75, "")
     id = re.findall(ID, done.stderr)[0]
-    assert done.stderr.splitlines()[-1] == f"codexd: task {id} running"
+    command = f"codexd --root {root.root} task follow {id}"
+    assert done.stderr.splitlines()[-1] == f"codexd: the task goes on: {command}"
     assert root.task(id)["state"] == "running"
     root.cancel(id)
 
@@ -291,6 +308,65 @@ def test_without_a_daemon(tmp_path: Path) -> None:
         assert root.run("task", "wait", id).returncode == 0
 
 
+def down(tmp_path: Path, config: str = CONFIG) -> Root:
+    """A root that was served, and is not now."""
+    root = Root(tmp_path / "root")
+    (root.root / "codexd.yaml").write_text(config)
+    with root:
+        root.stop()
+    return root
+
+
+def test_tasks_keep_the_order_in_which_they_were_submitted(tmp_path: Path) -> None:
+    root = down(tmp_path)
+    files = [tmp_path / f"{n}.md" for n in range(9, 0, -1)]
+    for file in files:
+        file.write_text(f"---\nsession: one\n---\n{file.name}")
+    ids = [*root.json("task", "submit", *map(str, files[:6]))]
+    ids += [root.json("task", "submit", str(file))[0] for file in files[6:]]
+    with root:
+        assert root.run("task", "wait", *ids).returncode == 0
+        started = sorted(root.tasks(), key=lambda task: str(task["started"]))
+    assert [task["id"] for task in started] == ids
+    assert [task["title"] for task in started] == [file.name for file in files]
+
+
+@pytest.mark.parametrize(
+    ("verbs", "closed"),
+    [
+        (["release", "hold"], {"hold"}),
+        (["release", "drain"], {"drain"}),
+        (["hold", "release"], set()),
+        (["drain", "hold", "release"], set()),
+        (["hold", "release", "hold"], {"hold"}),
+    ],
+)
+def test_the_last_word_stands(tmp_path: Path, verbs: list[str], closed: set[str]) -> None:
+    root = down(tmp_path)
+    for verb in verbs:
+        done = root.run(verb)
+        assert (done.returncode, done.stdout) == (0, "")
+        assert done.stderr == "codexd: not serving now; that is obeyed when codexd serves\n"
+    with root:
+        until(lambda: not list(root.dirs.inbox.iterdir()), "an empty inbox")
+        until(lambda: root.health()["gate"].keys() == closed, "the gate")
+
+
+def test_whoever_changes_something_while_nobody_serves_is_told(tmp_path: Path) -> None:
+    root = Root(tmp_path / "root")
+    with root:
+        ended = root.json("ask", "-s", "web", "x")["id"]
+        root.stop()
+        live = root.submit()
+        for verb in (
+            ["task", "cancel", live], ["task", "hold", live], ["task", "release", live],
+            ["task", "retry", ended], ["session", "reset", "web"], ["ledger", "compact"],
+        ):  # fmt: skip
+            done = root.run(*verb)
+            assert (done.returncode, done.stdout) == (0, ""), verb
+            assert done.stderr == "codexd: not serving now; that is obeyed when codexd serves\n"
+
+
 # --- submitting -----------------------------------------------------------------------------
 
 
@@ -343,6 +419,107 @@ def test_submit_tells_what_was_rejected_and_what_was_not(root: Root, tmp_path: P
     assert done.stderr.startswith(f"codexd: {rejected} was rejected: workdir /etc")
 
 
+def test_submit_and_check_know_the_limit(tmp_path: Path) -> None:
+    """That of the configuration, also while the daemon has another one in force."""
+    root = down(tmp_path, CONFIG + "limits:\n  file: 2K\n")
+    good, big, quoted = tmp_path / "good.md", tmp_path / "big.md", tmp_path / "quoted.md"
+    good.write_text("x")
+    big.write_text("x" * 2049)
+    quoted.write_text("x" + "\n" * 1500 + "x")
+    for file, why in ((big, "larger than 2048 bytes"), (quoted, "larger than 2048 bytes in JSON")):
+        done = root.run("task", "submit", str(good), str(file))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"codexd: {file}: {why}")
+        assert done.stderr.endswith("(limits.file). Nothing was submitted\n")
+    assert root.run("ask", "-", stdin="x" * 2049).returncode == 69
+    assert list(root.dirs.inbox.iterdir()) == []
+    done = root.run("check", str(good), str(big), "/dev/zero")
+    assert done.returncode == 1
+    told = "larger than 2048 bytes, the limit for a task file (limits.file)"
+    assert done.stdout == f"{good}: ok\n{big}: {told}\n/dev/zero: {told}\n"
+    with root:
+        (root.root / "codexd.yaml").write_text(CONFIG)  # not read again yet
+        assert root.run("task", "submit", str(big)).returncode == 1
+        done = root.run("ask", "-", stdin="x" * 2049)
+        assert done.returncode == 2
+        assert done.stderr.startswith("codexd: standard input: larger than 2048 bytes")
+
+
+def test_a_control_file_is_no_task(root: Root, tmp_path: Path) -> None:
+    slip, full, empty = (tmp_path / n for n in ("notes.cancel", f"{NOBODY}.cancel", "all.hold"))
+    slip.write_text("x")
+    full.write_text("x")
+    empty.touch()
+    done = root.run("check", str(slip), str(full), str(empty))
+    assert done.returncode == 1
+    first, *rest = done.stdout.splitlines()
+    assert first.startswith(f"{slip}: 'notes.cancel' ends like a control file (ID.cancel)")
+    assert rest == [
+        f"{full}: a control file (here .cancel) must be empty",
+        f"{empty}: ok",
+    ]
+    for file in (slip, full, empty):
+        assert root.run("task", "submit", str(file)).returncode == 1
+
+
+def test_what_a_full_queue_leaves_in_the_inbox_is_told(tmp_path: Path) -> None:
+    with Root(tmp_path / "root") as root:
+        ended = root.json("ask", "x")["id"]
+        root.stop()
+        (root.root / "codexd.yaml").write_text(CONFIG + "limits:\n  queue: 1\n")
+        root.start()
+        root.behave(mode="hang-turn")
+        running = root.submit()
+        root.reaches(running, "running")
+        file = root.root / "task.json"
+        done = root.run("task", "submit", str(file), str(file))
+        assert done.returncode == 0
+        assert done.stderr == "".join(
+            f"codexd: task {id} lies in the inbox: the queue is full (limits.queue)\n"
+            for id in done.stdout.split()
+        )
+        done = root.run("task", "retry", ended)
+        assert (done.returncode, done.stdout) == (0, "")
+        why = "lies in the inbox: the queue is full (limits.queue)"
+        assert done.stderr == f"codexd: {ended}.retry {why}\n"
+        begun = time.monotonic()
+        done = root.run("ask", "--timeout", "1", "x")
+        assert time.monotonic() - begun < 5, "the wait for the master's word is part of it"
+        assert done.returncode == 75
+        assert why in done.stderr
+        assert "codexd: the task goes on: " in done.stderr
+        status = root.run("status")
+        assert status.returncode == 1
+        assert status.stdout.startswith(
+            "codexd: it works, but something has to be mended\n"
+            "inbox: the queue is full (limits.queue); files wait until there is room\n"
+        )
+
+
+def test_whoever_waits_is_told_that_the_daemon_stops_and_that_the_task_goes_on(
+    tmp_path: Path,
+) -> None:
+    with Root(tmp_path / "root") as root:
+        root.behave(mode="hang-turn")
+        log = tmp_path / "told"
+        with log.open("w") as told:
+            child = subprocess.Popen(root.command("ask", "x"), env=root.env, stderr=told)
+        id = until(lambda: re.findall(ID, log.read_text()), "the task")[0]
+        root.reaches(id, "running")
+        root.stop()
+        down = "codexd: not serving now; it goes on when codexd serves\n"
+        until(lambda: down in log.read_text(), "that it stopped")
+        root.start()
+        until(lambda: "codexd: serving again\n" in log.read_text(), "that it serves")
+        child.send_signal(signal.SIGINT)
+        assert child.wait(20) == 130
+        command = f"codexd --root {root.root} task follow {id}"
+        assert log.read_text().endswith(f"codexd: the task goes on: {command}\n")
+        done = root.run("task", "wait", "--timeout", "1", id)
+        assert done.returncode == 75
+        assert done.stderr == f"codexd: the task goes on: {command}\n"
+
+
 # --- one task and many ----------------------------------------------------------------------
 
 
@@ -372,7 +549,7 @@ def test_follow(root: Root) -> None:
     id = root.submit()
     done = root.run("task", "follow", "--timeout", "1s", id)
     assert done.returncode == 75
-    assert f"task {id} running: running: sleep 9\n" in done.stdout
+    assert f"task {id} running: sleep 9\n" in done.stdout
     root.cancel(id)
     done = root.run("task", "follow", id)
     assert done.returncode == 1
@@ -531,12 +708,85 @@ def test_status(root: Root) -> None:
     )
     assert lines[lines.index("running: 1") + 1] == f"  task {running} running  It runs"
     assert lines[lines.index("queued: 1") + 1] == f"  task {behind} queued  It waits its turn"
-    assert any(line.startswith(f"  task {failed} failed (") for line in lines)
-    assert re.search(r"^\d{4}-\d\d-\d\d: [1-9]\d* attempts, \d+ tokens \(", done.stdout, re.M)
+    ended = str(root.task(failed)["ended"])[:19]
+    assert any(line.startswith(f"  {ended}  task {failed} failed (") for line in lines)
+    assert re.search(r"^\d{4}-\d\d-\d\d: [1-9]\d* attempts?, \d+ tokens \(", done.stdout, re.M)
     assert lines[-1] == f"state: {root.root}   inbox: {root.dirs.inbox} (0 files)"
     health = root.json("status")
     assert (health["status"], health["running"], health["gate"]) == ("ok", 1, {})
     root.cancel(running, behind)
+
+
+def test_failures_are_found_however_many_have_ended_since(tmp_path: Path) -> None:
+    with Root(tmp_path / "root") as root:
+        root.behave(mode="no-terminal")
+        failed = root.submit("x", attempts=1, session="old", title="It fails")
+        root.reaches(failed, "failed")
+        assert root.run("hold").returncode == 0
+        files = [root.root / f"{number}.md" for number in range(51)]
+        for file in files:
+            file.write_text("x")
+        ids = root.json("task", "submit", *map(str, files))
+        root.cancel(*ids)
+        assert failed not in [task["id"] for task in root.json("task", "list")]
+        for wanted in (["--state", "failed"], ["--session", "old"]):
+            assert [t["id"] for t in root.json("task", "list", *wanted)] == [failed]
+        cancelled = root.json("task", "list", "--state", "cancelled")
+        assert len(cancelled) == 50
+        assert [t["ended"] for t in cancelled] == sorted(t["ended"] for t in cancelled)
+        ended = str(root.task(failed)["ended"])[:19]
+        status = root.run("status").stdout
+        assert f"failed last: 1\n  {ended}  task {failed} failed (" in status
+
+
+def test_status_tells_what_has_to_be_mended(tmp_path: Path) -> None:
+    with Root(tmp_path / "root") as root:
+        root.stop()
+        with root.dirs.ledger.open("ab") as ledger:
+            ledger.write(b"somebody wrote this\n")
+        root.start()
+        assert root.child is not None
+        (root.root / "codexd.yaml").write_text("workers: many\n")
+        root.child.send_signal(signal.SIGHUP)
+        until(lambda: root.health()["config_problem"], "the refusal")
+        done = root.run("status")
+        assert done.returncode == 1
+        first, refused, damaged = done.stdout.splitlines()[:3]
+        assert first == "codexd: it works, but something has to be mended"
+        assert refused.startswith(
+            f"configuration: {root.root}/codexd.yaml:1: workers: found 'many'"
+        )
+        assert damaged == "ledger: 1 damaged line; see codexd ledger verify"
+        assert root.run("status", "--json").returncode == 1
+        assert root.run("hold").returncode == 0
+        until(lambda: root.health()["status"] == "hold", "the hold")
+        done = root.run("status")
+        assert done.returncode == 69
+        assert done.stdout.startswith("codexd: hold: ")
+        assert f"\n{refused}\n{damaged}\n" in done.stdout
+
+
+def test_a_mistyped_root_is_not_an_empty_one(tmp_path: Path) -> None:
+    for verb in (["usage"], ["memory", "x"], ["task", "list"], ["status"]):
+        done = subprocess.run(
+            [PYTHON, "-m", "codexd.cli", "--root", str(tmp_path / "none"), *verb],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 69
+        assert "None" not in done.stdout
+    assert done.stdout.endswith("/inbox (not there, or not for you)\n")
+
+
+def test_check_of_a_configuration_of_any_name(root: Root, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("\nworkers: x\n")
+    done = root.run("--config", str(other), "--json", "check", str(other))
+    (told,) = json.loads(done.stdout)
+    assert (done.returncode, told["line"]) == (1, 2)
+    assert told["reason"].startswith("workers: found 'x'; allowed: ")
+    endless = tmp_path / "codexd.yaml"
+    endless.symlink_to("/dev/zero")
+    assert root.run("check", str(endless)).stdout == f"{endless}: larger than 1048576 bytes\n"
 
 
 def test_check(root: Root, tmp_path: Path) -> None:
@@ -571,9 +821,10 @@ def test_memory(root: Root) -> None:
         assert done.returncode == 0
         assert re.match(r"MEMORY\.md:\d\n  score [0-9.]+; terms: ", done.stdout)
         assert "pelican" in done.stdout
-        assert re.match(r"1 excerpts by (rg|grep|python) in \d+ ms", done.stderr)
+        assert re.match(r"1 excerpt by (rg|grep|python) in \d+ ms", done.stderr)
         assert root.raw("memory", "-", stdin=b"\xff\xfe pelican").returncode == 0
         assert root.json("memory", "nothing", "whatsoever") == []
+        assert root.run("memory", "nothing", "whatsoever").stderr.startswith("no note fits")
     finally:
         notes.unlink()
 
@@ -640,6 +891,107 @@ def test_shared_options_before_and_after_the_verb(root: Root, order: list[str]) 
     assert json.loads(done.stdout)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--root", "", "status"],
+        ["--root=", "task", "list"],
+        ["--config", "", "memory", "x"],
+        ["ask", "-C", "", "x"],
+        ["install", "--prefix", ""],
+    ],
+)
+def test_an_empty_place_is_not_the_usual_one(tmp_path: Path, words: list[str]) -> None:
+    env = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [PYTHON, "-m", "codexd.cli", *words], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(": it must not be empty")
+
+
+def test_options_are_written_out_and_errors_steer_no_terminal(root: Root) -> None:
+    assert root.run("task", "list", "--sess", "x").returncode == 2
+    done = root.run("task", "list", "\x1b[2J")
+    assert done.returncode == 2
+    assert done.stderr.endswith("unrecognized arguments: \\x1b[2J\n")
+
+
+def test_help_tells_what_an_option_may_be(root: Root) -> None:
+    for verb, told in (
+        (["task", "list"], "queued, running, waiting, done, failed or cancelled"),
+        (["usage"], "day, session or model"),
+        (["ledger", "export"], "json or csv"),
+    ):
+        assert told in " ".join(root.run(*verb, "--help").stdout.split())
+
+
+def test_a_configuration_that_is_not_there_or_not_for_us(root: Root, tmp_path: Path) -> None:
+    done = root.run("--config", "/nonexistent", "status")
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr == "codexd: /nonexistent: cannot be read: No such file or directory\n"
+    secret = tmp_path / "secret.yaml"
+    secret.touch(0)
+    for verb in (["memory", "x"], ["serve"]):
+        done = subprocess.run(
+            [*POWERLESS, *root.command("--config", str(secret), *verb)],
+            env=root.env, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 77
+        assert f"{secret}: cannot be read: Permission denied" in done.stderr
+
+
+def test_a_user_without_a_name_or_a_home(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can be anybody")
+    env = {name: value for name, value in os.environ.items() if name != "HOME"}
+    done = subprocess.run(
+        ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups",
+         sys.executable, "-m", "codexd.cli", "status"],
+        env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (78, "")
+    told = "codexd: user 54321 has no home: set HOME, or say --root DIR\n"
+    assert done.stderr == told
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_streams_that_are_closed(root: Root, closed: str) -> None:
+    root.submit()  # so that there is something to print
+    for args, status in ((["status"], 0), (["task", "list"], 0), (["ask", "-"], 2)):
+        command = f'"$@" {closed}'
+        if args == ["ask", "-"] and "0" not in closed:
+            continue
+        done = subprocess.run(
+            ["sh", "-c", command, "sh", *root.command(*args)],
+            env=root.env, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr
+        assert done.returncode == status, done.stderr
+        assert bool(done.stdout) == (status == 0 and "1" not in closed)
+
+
+def test_a_root_with_a_blank_in_its_name(tmp_path: Path) -> None:
+    place = tmp_path / "a root"
+    config = CONFIG.replace("listen: off", "listen: unix")
+    with Daemon(place, config=config) as root:
+        where = f"inbox={place}/inbox http=unix:{place}/run/http.sock"
+        assert root.ready == f"ready {where}"
+
+
+def test_a_daemon_whose_streams_are_closed(tmp_path: Path) -> None:
+    root = Root(tmp_path / "root")
+    with subprocess.Popen(
+        ["sh", "-c", '"$@" 0<&- 1>&- 2>&-', "sh", *root.command("serve")], env=root.env
+    ) as child:
+        until(lambda: root.health()["status"] == "ok", "the daemon")
+        assert root.run("ask", "x").stdout == "fine\n"
+        until(lambda: root.processes(), "the daemon's process")
+        for pid in root.processes():
+            os.kill(pid, signal.SIGTERM)
+        child.wait(20)
+
+
 def test_help_and_version(root: Root) -> None:
     assert root.run("--version").stdout == f"codexd {__version__}\n"
     for words in (["--help"], ["ask", "--help"], ["task", "--help"], ["task", "wait", "--help"]):
@@ -662,12 +1014,15 @@ def test_a_reader_that_has_seen_enough(root: Root) -> None:
 
 
 def test_an_answer_that_cannot_be_written(root: Root) -> None:
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            root.command("ask", "x"), env=root.env, stdout=full, stderr=subprocess.PIPE, text=True
-        )
-    assert done.returncode == 69
-    assert done.stderr.splitlines()[-1] == "codexd: No space left on device"
+    env = {**root.env, "PYTHONUNBUFFERED": ""}
+    for verb in (["ask", "x"], ["status"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                root.command(*verb), env=env, stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        assert done.returncode == 69
+        told = done.stderr.splitlines()
+        assert told[-1] == "codexd: standard output: No space left on device"
 
 
 def test_a_locale_without_unicode(root: Root) -> None:
@@ -678,6 +1033,20 @@ def test_a_locale_without_unicode(root: Root) -> None:
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"\\u65e5\\u672c" in done.stdout
+
+
+def test_a_name_that_is_not_utf8_is_json_for_everybody(tmp_path: Path) -> None:
+    with Root(tmp_path / "root") as root:
+        name = os.fsdecode(b"caf\xe9 \\ud800 \xf0\x9f\x98\x80.md")
+        root.drop(name, "x")
+        (task,) = until(lambda: [t for t in root.tasks() if t["state"] == "done"], "the task")
+        done = root.run("task", "list", "--json")
+        (told,) = json.loads(done.stdout)
+        assert told["file"] == "caf? \\ud800 \U0001f600.md"
+        assert json.loads(root.run("task", "show", str(task["id"]), "--json").stdout)["file"]
+        queued = [e for e in map(json.loads, root.run("ledger", "export").stdout.splitlines())
+                  if e["kind"] == "queued"]  # fmt: skip
+        assert [e["facts"]["file"] for e in queued] == [told["file"]]
 
 
 # --- a terminal ---------------------------------------------------------------------------------
@@ -748,6 +1117,25 @@ def test_selftest_runs_the_real_codex(tmp_path: Path) -> None:
     assert re.match(r"ok    codex \d+\.\d+\.\d+ at /", lines[0])
     assert lines[-1] == "ok    all is well: two turns, one thread, no account and no token used"
     assert not root.dirs.ledger.exists()  # nothing of the installation is touched
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_selftest_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    bin = tmp_path / "a: b # c"
+    bin.mkdir()
+    (bin / "codex").symlink_to(FAKE)
+    root = Daemon(tmp_path / "root", config=f"codex:\n  bin: '{bin}/codex'\n")
+    place = tmp_path / "tmp"
+    place.mkdir()
+    env = {**root.env, "TMPDIR": str(place), "CODEX_FAKE_MODE": "hang-turn"}
+    command = [PYTHON, "-m", "codexd.cli", "--root", str(root.root), "selftest"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert any(line == "ok    codexd serve is ready\n" for line in child.stdout)
+        child.send_signal(number)
+        assert child.wait(30) == 128 + number
+    assert list(place.iterdir()) == []
+    assert not Daemon(place).processes()
 
 
 def test_selftest_without_codex(tmp_path: Path) -> None:
