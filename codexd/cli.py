@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from codexd import config, controlfile, report, taskfile
+from codexd import config, controlfile, overview, report, taskfile
 from codexd.config import FILE_MOST
 from codexd.ledger import LedgerBroken
 from codexd.lock import Locked
@@ -226,10 +226,10 @@ def status(args: argparse.Namespace) -> int:
     else:
         view = view_of(args)
         well, health = view.health()
-        report.status(view, well, health)
+        overview.status(view, well, health)
     if not well:
         return Exit.UNAVAILABLE
-    return Exit.FAILED if report.problems(health) else Exit.DONE
+    return Exit.FAILED if overview.problems(health) else Exit.DONE
 
 
 def usage(args: argparse.Namespace) -> int:

@@ -13,17 +13,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from codexd import place, spend
+from codexd import place
 from codexd.codex import Reader
 from codexd.config import Directories
 from codexd.program import clean
-from codexd.view import Json, View
+from codexd.view import Json
 from codexd.wire import json_text
 
 if TYPE_CHECKING:
     from codexd.memory import Found
 
-_PATIENCE = 0.5  # seconds in which failures of long ago are looked for
 _SHORT = 60  # characters of a title in a table
 
 
@@ -46,6 +45,10 @@ def _show(text: str, stream: TextIO) -> None:
         while left:  # an unbuffered stream may take a part only
             left = left[stream.buffer.write(left) :]
     stream.flush()
+
+
+def count_of(number: object, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 # --- one task ---------------------------------------------------------------------
@@ -171,7 +174,7 @@ def table(tasks: Sequence[Json]) -> None:
         ("ID", "STATE", "OUTCOME", "SESSION", "CREATED", "WHAT"),
         (
             (t["id"], t["state"], t["outcome"] or t["reason"] or "-", _session(t),
-             str(t["created"] or "-")[:19], _what(t))
+             str(t["created"] or "-")[:19], what_of(t))
             for t in tasks
         ),
     )  # fmt: skip
@@ -181,7 +184,7 @@ def _session(task: Json) -> str:
     return "-" if task["session"] == task["id"] else str(task["session"])[:30]
 
 
-def _what(task: Json) -> str:
+def what_of(task: Json) -> str:
     return str(task["title"] or task["file"] or "")[:_SHORT]
 
 
@@ -199,107 +202,7 @@ def session(found: Json) -> None:
         print(f"{key + ':':12}{clean('-' if text in (None, '') else text)}")
 
 
-# --- health -------------------------------------------------------------------------
-
-
-def why(health: Json) -> str:
-    """The reasons for which work does not go on."""
-    gate = health.get("gate")
-    if isinstance(gate, dict) and gate and health["status"] != "down":
-        more = f"; and {health['gate_more']} more" if health.get("gate_more") else ""
-        return clean("; ".join(_reason(k, v) for k, v in gate.items()) + more)
-    return clean(health.get("message") or health.get("trouble") or health["status"])
-
-
-def _reason(name: str, facts: object) -> str:
-    if not isinstance(facts, dict):
-        return name
-    until = f" until {facts['until']}" if facts.get("until") else ""
-    return f"{name}{until}: {facts.get('message')}"
-
-
-def _hooks(told: object) -> None:
-    """What hooks were not told yet, where one fails."""
-    if isinstance(told, dict) and told.get("failing"):
-        why = "; ".join(f"{name}: {text}" for name, text in told["failing"].items())
-        print(clean(f"hooks: {_count(told['owed'], 'event')} owed; {why}"))
-
-
-def problems(health: Json) -> list[str]:
-    """What has to be mended although work goes on, or besides the reason why it does not."""
-    found = []
-    if health["status"] != "down":
-        if health.get("config_problem"):
-            then = "what was in force stays in force"
-            found.append(f"configuration: {health['config_problem']}; {then}")
-        if damaged := health.get("damaged"):
-            found.append(f"ledger: {_count(damaged, 'damaged line')}; see codexd ledger verify")
-        if health.get("full"):
-            found.append("inbox: the queue is full (limits.queue); files wait until there is room")
-        if health.get("sandbox"):
-            found.append(f"sandbox: {health['sandbox']}")
-    return [clean(line) for line in found]
-
-
-def _count(number: object, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def status(view: View, well: bool, health: Json) -> None:
-    """One screen: is all well, what goes on, what failed last, what today used."""
-    tasks = view.short_list()
-    wrong = problems(health)
-    summary = "it works, but something has to be mended" if wrong else "all is well"
-    print(f"codexd: {summary if well else why(health)}")
-    lines(wrong)
-    if "version" in health:
-        print(
-            clean(
-                f"version {health['version']}, codex {health['codex'] or 'none'}, "
-                f"workers by {health['launcher']}, inbox by {health['watch']}"
-            )
-        )
-        if health.get("launcher_why"):
-            print(clean(f"workers: {health['launcher_why']}"))
-        if health.get("watch_problem"):
-            print(clean(f"inbox: {health['watch_problem']}"))
-        _hooks(health.get("hooks"))
-    for state in ("running", "waiting", "queued"):
-        _section(state, [t for t in tasks if t["state"] == state])
-    _section("failed last", view.last("failed", None, 5, _PATIENCE))
-    _today(health.get("today") or _last_day(view))
-    inbox = (
-        "not there, or not for you" if health["inbox"] is None else _count(health["inbox"], "file")
-    )
-    print(f"state: {view.dirs.state}   inbox: {view.dirs.inbox} ({inbox})")
-
-
-def _section(name: str, tasks: Sequence[Json]) -> None:
-    if not tasks:
-        return
-    print(f"\n{name}: {len(tasks)}")
-    for task in tasks[:10]:
-        ended = f"{str(task['ended'])[:19]}  " if task["ended"] else ""
-        what = f"  {clean(_what(task))}" if _what(task) else ""
-        print(f"  {ended}{sentence(task)}{what}")
-    if len(tasks) > 10:
-        print(f"  and {len(tasks) - 10} more: codexd task list")
-
-
-def _today(used: object) -> None:
-    if isinstance(used, dict):
-        most = f" of {used['limit']}" if used.get("limit") else ""
-        print(
-            f"\n{used['day']}: {_count(used['attempts'], 'attempt')}, "
-            f"{used['tokens']} tokens{most} "
-            f"({used['input_tokens']} in, {used['cached_input_tokens']} of them cached, "
-            f"{used['output_tokens']} out)"
-        )
-
-
-def _last_day(view: View) -> Json | None:
-    """While no daemon says what it takes for today: the last day with a file."""
-    return next(({"day": d.day, **spend.whole(d.total)} for d in view.used(1)), None)
+# --- use ------------------------------------------------------------------------------
 
 
 def used(by: str, found: Sequence[Json]) -> None:
@@ -350,6 +253,6 @@ def memory(found: Found, explain: bool) -> None:
         print("".join(f"  {clean(line)}\n" for line in hit.text.splitlines()))
     told = "no note fits"
     if found.hits:
-        excerpts = _count(len(found.hits), "excerpt")
+        excerpts = count_of(len(found.hits), "excerpt")
         told = f"{excerpts} by {found.tool} in {found.seconds * 1000:.0f} ms"
     print(told + (f"; {found.note}" if found.note else ""), file=sys.stderr)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from codexd import asking, config, report, spool
+from codexd import asking, config, overview, report, spool
 from codexd.document import Form, Scalar
 from codexd.model import Note, State
 from codexd.program import Exit, Trouble, directories, elsewhere, where
@@ -110,7 +110,7 @@ def ask(args: argparse.Namespace) -> int:
         id = _word(view, id, WORD if timeout is None else min(WORD, timeout))
         print(f"codexd: task {id}", file=sys.stderr)
         if not well:
-            print(f"codexd: it will wait: {report.why(health)}", file=sys.stderr)
+            print(f"codexd: it will wait: {overview.why(health)}", file=sys.stderr)
         _tell_untaken(view, [id])
         left = None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
         task = until_ended(view, id, left, watched(view, report.progress(view.dirs)))
