@@ -488,11 +488,14 @@ def test_damage_of_every_kind_harms_only_what_it_touches(
     assert "ledger.torn" in log
     assert "session.damaged" in daemon.log.read_text()
     assert (dirs.tasks / "stray.txt").exists()
-    assert daemon.run("status").returncode == 0
+    status = daemon.run("status")
+    assert status.returncode == 1
+    told = "\nledger: 3 damaged lines; see codexd ledger verify\n"
+    assert told in status.stdout
     # and the next start finds nothing new to say
     assert daemon.stop() == 0
     daemon.start()
-    assert daemon.run("status").returncode == 0
+    assert told in daemon.run("status").stdout
 
 
 # --- cancelled, and yet in the queue ----------------------------------------------------------
