@@ -78,11 +78,8 @@ def status(view: View, well: bool, health: Json) -> None:
         _section(state, [t for t in tasks if t["state"] == state])
     _section("failed last", view.last("failed", None, 5, _PATIENCE))
     _today(health.get("today") or _last_day(view))
-    inbox = (
-        "not there, or not for you"
-        if health["inbox"] is None
-        else count_of(health["inbox"], "file")
-    )
+    files = health["inbox"]
+    inbox = "not for you to see" if files is None else count_of(files, "file")
     print(f"state: {view.dirs.state}   inbox: {view.dirs.inbox} ({inbox})")
 
 

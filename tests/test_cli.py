@@ -194,7 +194,7 @@ def test_ask_with_a_check_of_its_own(root: Root) -> None:
     done = root.run("ask", "-o", "verify.command=echo a=b, c; exit 3", "-o", "verify.rounds=1", "x")
     assert done.returncode == 1
     assert "failed (verify): " in done.stderr
-    done = root.run("ask", "-o", "limits.memory=1G", "-o", "limits.tasks=10", "x")
+    done = root.run("ask", "-o", "limits.memory=1G", "-o", "limits.tasks=100", "x")
     assert done.stderr.startswith("codexd: rejected: limits: only where workers are systemd units")
 
 
@@ -204,7 +204,7 @@ def test_ask_with_a_check_of_its_own(root: Root) -> None:
         (["-o", "verify.comand=x"], "verify.comand: unknown key (did you mean command?)"),
         (["-o", "verify.rounds=2"], "verify.command: "),
         (["-o", "verify=1", "-o", "verify.rounds=1"], "-o verify.rounds=1: verify was given a"),
-        (["-o", "limits.memory=1"], "limits.memory: found '1'; allowed: a size from 1M"),
+        (["-o", "limits.memory=1"], "limits.memory: found '1'; allowed: a size from "),
         (["-o", "x.y=1"], "x: unknown key"),
         (["-o", "priority"], "-o priority: it must be KEY=VALUE, and no prompt"),
         (["-o", "prompt=x"], "-o prompt=x: it must be KEY=VALUE, and no prompt"),
@@ -772,9 +772,8 @@ def test_a_mistyped_root_is_not_an_empty_one(tmp_path: Path) -> None:
             [PYTHON, "-m", "codexd.cli", "--root", str(tmp_path / "none"), *verb],
             capture_output=True, text=True,
         )  # fmt: skip
-        assert done.returncode == 69
-        assert "None" not in done.stdout
-    assert done.stdout.endswith("/inbox (not there, or not for you)\n")
+        assert (done.returncode, done.stdout) == (69, "")
+        assert f"there is no inbox {tmp_path}/none/inbox" in done.stderr
 
 
 def test_check_of_a_configuration_of_any_name(root: Root, tmp_path: Path) -> None:
