@@ -119,14 +119,10 @@ class Master:
             self.error("ledger.damaged", where=line)
         if self.ledger.torn:
             self.warn("ledger.torn", cut_bytes=self.ledger.torn)
-        facts: dict[str, object] = {
-            "version": __version__, "pid": os.getpid(), "tasks": len(book.tasks),
-            "launcher": self.launcher.kind,
-        }  # fmt: skip
-        if self.launcher.why:
-            facts["launcher_why"] = self.launcher.why
+        facts = {"version": __version__, "pid": os.getpid(), "tasks": len(book.tasks)}
+        by = {"launcher": self.launcher.kind, "launcher_why": self.launcher.why}
         try:
-            self.record([Event(clock.now(), Note.STARTED, facts=facts)])
+            self.record([Event(clock.now(), Note.STARTED, facts={**facts, **by})])
             for task in list(book.tasks.values()):
                 self.record(self.finish.retold(task))
         except LedgerFull as full:

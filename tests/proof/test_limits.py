@@ -143,6 +143,7 @@ def test_without_processes() -> None:
             os.killpg(all_others.pid, signal.SIGKILL)
             all_others.wait()
             all_others.stdout.close()
+            reap(all_others.pid)
         assert daemon.answer("a", 90)[1] == "fine\n"
         works(daemon, "after", 60)
     shutil.rmtree(place)
