@@ -250,8 +250,10 @@ def remove(paths: list[Path]) -> list[Path]:
         path.unlink()
         removed.append(path)
         print(f"removed   {path}")
-        if path.parent.suffix == ".d" and not any(path.parent.iterdir()):
-            path.parent.rmdir()
+        # A unit's drop-ins; polkit, for one, would not look into a rules.d that comes again.
+        home = path.parent
+        if home.name.startswith("codexd") and home.suffix == ".d" and not any(home.iterdir()):
+            home.rmdir()
     return removed
 
 
