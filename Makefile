@@ -32,8 +32,16 @@ $(READY): setup.cfg pyproject.toml codexd/__init__.py
 demo: $(READY)
 	@examples/demo.sh
 
+# Branch coverage by all tests and the daemons that they start costs half as much again, so
+# it is for CI, and for `make coverage`.  Workers load no more than they need and what is
+# killed says nothing: neither counts.
+COVERED := --cov=codexd --cov-branch --cov-config=tests/coverage.ini --cov-report=term:skip-covered
+
 test: $(READY)
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest $(TESTS) $(if $(CI),$(COVERED))
+
+coverage: $(READY)
+	$(VENV)/bin/python -m pytest $(TESTS) $(COVERED)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -52,12 +60,6 @@ proof-long: $(READY)
 HOURS ?= 1
 soak: $(READY)
 	$(VENV)/bin/python -m tests.proof.soak --hours $(HOURS)
-
-# Branch coverage by all tests and the daemons that they start, for about twice the processor
-# time.  Workers load no more than they need and what is killed says nothing: neither counts.
-COVERED := --cov=codexd --cov-branch --cov-config=tests/coverage.ini --cov-report=term:skip-covered
-coverage: $(READY)
-	$(VENV)/bin/python -m pytest $(TESTS) $(COVERED)
 
 bench: $(READY)
 	$(VENV)/bin/python -m bench
