@@ -24,7 +24,7 @@ from codexd.command import PERMISSIONS, PROFILE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 SANDBOXES = ("read-only", "workspace-write")  # there is a permission profile for each
 _WAIT = 20  # seconds
@@ -37,8 +37,10 @@ class Untold(Exception):
     """A command that could tell was not run; the text says why."""
 
 
-def works(binary: str, home: str, env: Mapping[str, str]) -> str | None:
+def works(binary: str, home: str, env: Mapping[str, str], verb: Sequence[str]) -> str | None:
     """Why commands cannot be run in this Codex's sandbox here; None if they can.
+
+    `verb`: see `command.sandbox_verb`.
 
     Only the good is remembered (CODEX_HOME/.codexd/sandbox.json): what is mended is
     seen at once.  Raises OSError when it cannot be told.
@@ -52,7 +54,7 @@ def works(binary: str, home: str, env: Mapping[str, str]) -> str | None:
             return None
     except (FileNotFoundError, ValueError):
         pass  # not tried yet
-    status, _, said = _run([binary, "sandbox", "--", "/bin/true"], home, env)
+    status, _, said = _run([binary, *verb, "--", "/bin/true"], home, env)
     if status == 0:
         durable.write_json(known, {"of": of})
         return None

@@ -7,12 +7,13 @@ written it.
 from __future__ import annotations
 
 import os
+import pwd
 import shlex
 import shutil
 import tempfile
 from pathlib import Path
 
-from codexd import codex, profile
+from codexd import codex, command, profile
 from codexd.checks import Findings, Host, become, fail, ok, said, warn
 from codexd.config import Config
 
@@ -28,18 +29,22 @@ _NAMESPACES = {
 
 def cli(host: Host) -> Findings:
     """Codex itself."""
-    user = host.user
     try:
         found = host.codex
-        if user is None:
+        if host.user is None:
             yield ok(f"Codex: {found}; its version is asked as user codexd")
             return
-        env = {**codex.environment(os.environ, "/nonexistent", []), "HOME": user.pw_dir}
-        version = codex.version(found, env, cwd="/", **become(user))
+        version = _version(found, host.user)
     except codex.Missing as missing:
         yield fail(str(missing), "npm install -g @openai/codex, or codex.bin in codexd.yaml")
         return
     yield ok(f"Codex {'.'.join(map(str, version))}: {found}")
+
+
+def _version(binary: str, user: pwd.struct_passwd) -> tuple[int, ...]:
+    """Raises codex.Missing."""
+    env = {**codex.environment(os.environ, "/nonexistent", []), "HOME": user.pw_dir}
+    return codex.version(binary, env, cwd="/", **become(user))
 
 
 def rg(host: Host) -> Findings:
@@ -98,20 +103,19 @@ def _keys(file: Path) -> set[str]:
 
 def sandbox(host: Host) -> Findings:
     """Codex's sandbox, tried now; a broken one is not told by a turn."""
-    user = host.user
+    if (user := host.user) is None:
+        return
     try:
         found = host.codex
+        verb = command.sandbox_verb(_version(found, user))
     except codex.Missing:
-        return
-    if user is None:
         return
     with tempfile.TemporaryDirectory(prefix="codexd-doctor-") as place:
         options = become(user)
         if options:
             os.chown(place, user.pw_uid, user.pw_gid)
         env = {**codex.environment(os.environ, place, []), "HOME": place}
-        command = [found, "sandbox", "--", "true"]
-        status, text = said(command, env=env, cwd=place, **options)
+        status, text = said([found, *verb, "--", "true"], env=env, cwd=place, **options)
     if status == 0:
         yield ok(f"Codex's sandbox works for {user.pw_name}")
     else:
@@ -135,7 +139,13 @@ def namespaces(settings: Path) -> str:
 
 def secrets(host: Host) -> Findings:
     """Whether commands of the model are kept from what they must not read."""
-    if why := profile.why_not(host.config):
+    why = profile.why_not(host.config)
+    if why is None and host.user:
+        try:
+            why = profile.too_old(_version(host.codex, host.user))
+        except codex.Missing:
+            return
+    if why:
         mend = "see SECURITY CONSIDERATIONS in codexd(7)"
         yield warn(f"commands of the model can read secrets: {why}", mend)
     else:

@@ -87,8 +87,22 @@ def argv(
     return [*args, *(["resume", thread] if thread else []), "-"]
 
 
+def sandbox_verb(version: Sequence[int]) -> list[str]:
+    """How a Codex of this version is told to run a command in its sandbox.
+
+    Before 0.134 it wanted the system's name besides, and knew neither `-p` nor, with
+    that, permission profiles (tried with 0.133).
+    """
+    return ["sandbox"] if has_profiles(version) else ["sandbox", "linux"]
+
+
+def has_profiles(version: Sequence[int]) -> bool:
+    return tuple(version) >= (0, 134)
+
+
 def sandboxed(
     binary: str,
+    verb: Sequence[str],
     *,
     sandbox: str,
     profile: str | None,
@@ -97,8 +111,9 @@ def sandboxed(
 ) -> list[str]:
     """The command line that runs `command` as Codex runs those of its model.
 
-    `sandbox` and `profile` are those of `argv`; `write` are paths that one of our
-    permission profiles is to open besides, even where it denies or only reads them.
+    `verb` is `sandbox_verb`'s; `sandbox` and `profile` are those of `argv`; `write` are
+    paths that one of our permission profiles is to open besides, even where it denies or
+    only reads them.
 
     The sandbox is always said: without a word it is read-only, whatever config.toml
     says.  Of the environment only what Codex calls core is passed on, and what the
@@ -110,9 +125,10 @@ def sandboxed(
             rules = ", ".join(f'{quoted(path)} = "write"' for path in write)
             args += ["-c", f"permissions.{sandbox}.filesystem={{{rules}}}"]
     else:
-        args = [*(["-p", profile] if profile else []), "-c", f'sandbox_mode="{sandbox}"']
+        named = ["-p", profile] if profile and list(verb) == ["sandbox"] else []
+        args = [*named, "-c", f'sandbox_mode="{sandbox}"']
     core = 'shell_environment_policy.inherit="core"'
-    return [binary, "sandbox", *args, "-c", core, "--", *command]
+    return [binary, *verb, *args, "-c", core, "--", *command]
 
 
 def quoted(text: str) -> str:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from codexd import canary, clock, codex, policy, profile, spool
+from codexd import canary, clock, codex, command, policy, profile, spool
 from codexd.config import Config
 from codexd.dispatch import KEYED, Gate
 from codexd.ledger import Ledger, LedgerFull
@@ -58,6 +58,7 @@ class Keeper:
         self.warn = warn
         self.binary = ""
         self.version = ""
+        self.sandbox_verb = command.sandbox_verb(codex.MINIMUM)
         self.env_keys: list[str] = []
         self.unhidden: str | None = None  # why secrets are not hidden from commands
         self._unwritten: dict[str, Mapping[str, object]] = {}
@@ -68,6 +69,7 @@ class Keeper:
         self._seen: tuple[object, ...] = ()
         self._login: tuple[object, ...] = ()
         self._unfit: str | None = None
+        self._old: str | None = None  # why this Codex cannot be told a permission profile
         self._look_at = 0.0
         self._ask_at = 0.0
 
@@ -253,6 +255,8 @@ class Keeper:
                 self._seen, self._ask_at = seen, math.inf
                 version = codex.version(binary, codex.environment(os.environ, self.home, []))
                 self.version = ".".join(map(str, version))
+                self.sandbox_verb = command.sandbox_verb(version)
+                self._old = profile.too_old(version)
                 self.binary = binary
                 self.told("codex.found", bin=binary, version=self.version)
         except (codex.Missing, OSError) as problem:
@@ -272,6 +276,9 @@ class Keeper:
         The worker takes `asked` after all where Codex cannot be kept from secrets.
         """
         if profile.unused(named, asked):
+            return asked.value
+        if self._old:
+            self._unfit = self._old
             return asked.value
         try:
             profile.write(self.config, self.env_keys)

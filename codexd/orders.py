@@ -92,6 +92,7 @@ class Orders:
             "model": request.model or config.codex.model,
             "profile": named,
             "sandbox": self.keeper.sandbox(named, request.sandbox or config.codex.sandbox),
+            "sandbox_verb": self.keeper.sandbox_verb,
             "timeout": request.timeout or config.timeout,
             "idle_timeout": request.idle_timeout or config.idle_timeout,
             "tokens": self._left(task),

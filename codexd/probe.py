@@ -59,6 +59,7 @@ class Probe:
             "home": self.keeper.home,
             "env": self.keeper.env_keys,
             "sandbox": self.keeper.sandbox(None, sandbox),
+            "sandbox_verb": self.keeper.sandbox_verb,
         }
         id = spool.new_id()
         place.begin_probe(self.dirs, id, {"attempt": 1, **orders})

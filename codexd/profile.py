@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from codexd import canary, command, durable
@@ -276,6 +276,13 @@ def unused(named: str | None, sandbox: Sandbox) -> str | None:
     if named is not None:
         return f"the profile {named} is used instead of codexd's own, and hides what it hides"
     return None
+
+
+def too_old(version: Sequence[int]) -> str | None:
+    """Why a Codex of this version cannot be told a profile."""
+    if command.has_profiles(version):
+        return None
+    return f"Codex {'.'.join(map(str, version))} has no permission profiles; 0.134 has"
 
 
 def why_not(config: Config) -> str | None:

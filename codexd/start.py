@@ -126,7 +126,7 @@ class Attempt:
         from codexd import canary
 
         codex = self.orders["bin"], self.orders["home"], self.environment()
-        if why := canary.works(*codex):
+        if why := canary.works(*codex, self.orders["sandbox_verb"]):
             raise Unsafe(why)
         try:
             hides = plain != ordered and canary.hides(*codex) is None

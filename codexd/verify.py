@@ -138,6 +138,7 @@ def begin(
     """
     argv = command.sandboxed(
         orders["bin"],
+        orders["sandbox_verb"],
         sandbox=sandbox,
         profile=orders["profile"],
         command=["/bin/sh", "-c", _RUN, "sh", line],

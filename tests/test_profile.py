@@ -397,13 +397,23 @@ def test_nothing_is_run_while_it_cannot_be_told(place: Path, model: CaseModel) -
 UNHURRIED = "retry: {{base: 10m}}\nhttp: {{listen: off}}\ncodex: {{bin: {binary}}}\n"
 
 
-def test_a_codex_without_profiles_runs_in_the_plain_sandbox(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "why"),
+    [
+        ("0.163.0", "does not heed permission profiles"),
+        ("0.133.0", "Codex 0.133.0 has no permission profiles; 0.134 has"),
+    ],
+)
+def test_a_codex_without_profiles_runs_in_the_plain_sandbox(
+    tmp_path: Path, version: str, why: str
+) -> None:
     one = Daemon(tmp_path / "root", config=f"http: {{listen: off}}\ncodex: {{bin: {FAKE}}}\n")
     dump = tmp_path / "dump"
-    (one.dirs.codex_home / "fake.json").write_text(f'{{"dump": "{dump}"}}')
+    told = {"dump": str(dump), "version": version}
+    (one.dirs.codex_home / "fake.json").write_text(json.dumps(told))
     with one:
         for name in ("a", "b"):
-            one.drop(f"{name}.md", "Work.\n")
+            one.drop(f"{name}.md", "---\nverify: {command: 'true'}\n---\nWork.\n")
             assert one.answer(name)[0]["state"] == "done"
         until(lambda: "codex.profile" in one.log.read_text(), "the warning")
     assert "-s workspace-write" in " ".join(dump.read_text().split('", "'))
@@ -411,7 +421,7 @@ def test_a_codex_without_profiles_runs_in_the_plain_sandbox(tmp_path: Path) -> N
     warnings = [line for line in one.log.read_text().splitlines() if " codex.profile " in line]
     assert len(warnings) == 1
     assert " warning codex.profile why=" in warnings[0]
-    assert "does not heed permission profiles" in warnings[0]
+    assert why in warnings[0]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from codexd import prompt, verify
-from codexd.command import PERMISSIONS, sandboxed
+from codexd.command import PERMISSIONS, sandbox_verb, sandboxed
 from codexd.replies import Answer, Turn
 from codexd.scripted import KEY
 from tests.daemon import Daemon, until
@@ -432,11 +432,14 @@ def test_output_that_cannot_be_kept_is_the_hosts_fault(tmp_path: Path) -> None:
 
 
 def test_the_sandbox_is_always_said() -> None:
-    one = sandboxed("c", sandbox="read-only", profile="p", command=["x"])
+    new, old = (sandbox_verb(version) for version in ((0, 134, 0), (0, 133, 9)))
+    one = sandboxed("c", new, sandbox="read-only", profile="p", command=["x"])
     assert one[:6] == ["c", "sandbox", "-p", "p", "-c", 'sandbox_mode="read-only"']
-    two = sandboxed("c", sandbox=f"{PERMISSIONS}read-only", profile=None, command=["x"])
+    two = sandboxed("c", new, sandbox=f"{PERMISSIONS}read-only", profile=None, command=["x"])
     assert two[2:6] == ["-p", "codexd", "-c", 'default_permissions="codexd-read-only"']
     assert two[-2:] == ["--", "x"]
+    three = sandboxed("c", old, sandbox="read-only", profile="p", command=["x"])
+    assert three[:5] == ["c", "sandbox", "linux", "-c", 'sandbox_mode="read-only"']
 
 
 def test_a_line_cannot_end_the_quotation() -> None:

@@ -57,7 +57,8 @@ class Place:
             "attempt": 1, "thread": None, "preamble": "", "header": "", "policy": "Be brief.",
             "workdir": str(root / "work"), "workdirs": [str(root / "work")], "bin": str(FAKE),
             "home": str(root / "home"), "env": ["CODEX_FAKE_MODE"], "model": None, "profile": None,
-            "sandbox": "workspace-write", "timeout": 30.0, "idle_timeout": 30.0, "setpriv": None,
+            "sandbox": "workspace-write", "sandbox_verb": ["sandbox"],
+            "timeout": 30.0, "idle_timeout": 30.0, "setpriv": None,
             "memory": {"on": True, "paths": ["MEMORY.md", "memory"], "hits": 20, "chars": 4000,
                        "rg": None},
         }  # fmt: skip
