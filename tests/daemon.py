@@ -39,14 +39,30 @@ def until(look: Callable[[], T], what: str, seconds: float = 30.0) -> T:
         time.sleep(0.02)
 
 
+def uncovered() -> dict[str, str]:
+    """The environment for processes of whose lines nobody takes count.
+
+    It takes processor time, memory and system calls, which some tests measure.
+    """
+    return {name: v for name, v in os.environ.items() if not name.startswith("COVERAGE")}
+
+
 class Daemon:
     """`codexd serve` on a root; use it in a `with`."""
 
-    def __init__(self, root: Path, env: dict[str, str] | None = None, config: str = "") -> None:
+    def __init__(
+        self,
+        root: Path,
+        env: dict[str, str] | None = None,
+        config: str = "",
+        covered: bool = True,
+    ) -> None:
+        """`covered`: see `uncovered`."""
         self.root = root
         self.dirs = Directories.below(root)
         # Codex's tools run the start-up files of a login shell: not those of whoever tests.
-        self.env = {**os.environ, "HOME": str(root), "PYTHONUNBUFFERED": "1", **(env or {})}
+        whole = dict(os.environ) if covered else uncovered()
+        self.env = {**whole, "HOME": str(root), "PYTHONUNBUFFERED": "1", **(env or {})}
         self.log = root / "serve.log"
         self.child: subprocess.Popen[str] | None = None
         self.ready = ""

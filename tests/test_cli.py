@@ -23,7 +23,7 @@ import pytest
 from codexd import __version__
 from codexd.model import State
 from codexd.view import View
-from tests.daemon import PYTHON, Daemon, until
+from tests.daemon import PYTHON, Daemon, uncovered, until
 from tests.scripted_cases import CaseModel
 
 FAKE = Path(__file__).parent / "bin" / "codex"
@@ -943,7 +943,7 @@ def test_a_configuration_that_is_not_there_or_not_for_us(root: Root, tmp_path: P
 def test_a_user_without_a_name_or_a_home(tmp_path: Path) -> None:
     if os.geteuid():
         pytest.skip("only root can be anybody")
-    env = {name: value for name, value in os.environ.items() if name != "HOME"}
+    env = {name: value for name, value in uncovered().items() if name != "HOME"}
     done = subprocess.run(
         ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups",
          sys.executable, "-m", "codexd.cli", "status"],

@@ -41,8 +41,8 @@ def settled(daemon: Daemon, processes: int) -> list[int]:
 
 def test_an_idle_daemon_uses_three_ticks_a_minute(tmp_path: Path) -> None:
     config = f"codex:\n  bin: {FAKE}\nhttp:\n  listen: "
-    alone = Daemon(tmp_path / "alone", config=config + "off\n")
-    with_http = Daemon(tmp_path / "http", config=config + "unix\n")
+    alone = Daemon(tmp_path / "alone", config=config + "off\n", covered=False)
+    with_http = Daemon(tmp_path / "http", config=config + "unix\n", covered=False)
     with alone, with_http:
         groups = {"alone": settled(alone, 1), "with HTTP": settled(with_http, 2)}
         before = {pid: ticks(pid) for pids in groups.values() for pid in pids}

@@ -335,7 +335,8 @@ def rotating(place: Path, *inject: str) -> tuple[int, list[str]]:
     place.mkdir()
     log = place.parent / f"{place.name}.log"
     options = ["-qq", "-o", str(log), "-e", f"trace={CALLS}", "-e", "signal=none", *inject]
-    command = ["strace", *options, sys.executable, "-B", "-c", ROTATION, str(place)]
+    # Without `site`, what is installed beside does not change which call is which.
+    command = ["strace", *options, sys.executable, "-B", "-S", "-c", ROTATION, str(place)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
     calls = [line for line in log.read_text().splitlines() if "(" in line]
     return done.returncode, calls

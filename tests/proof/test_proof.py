@@ -6,7 +6,6 @@ The seed is printed with the figures: SEED=… in the environment plays a run ag
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon import PYTHON, until
+from tests.daemon import PYTHON, uncovered, until
 from tests.processes import kill
 from tests.proof import oracle, powercut
 from tests.proof.level import Figures, pick, seed
@@ -30,9 +29,7 @@ pytestmark = pytest.mark.timeout(pick(400, DAYS, 7 * DAYS))
 def prove(figure: Figures, table: Path, name: str, *options: object) -> list[dict[str, object]]:
     """One harness, as a process of its own; its figures."""
     command = [PYTHON, "-m", f"tests.proof.{name}", "--seed", seed(), *map(str, options)]
-    # What is killed tells nothing of what it has run, and to measure that takes time.
-    plain = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE")}
-    env = {**plain, "CODEXD_PROOF": str(table)}
+    env = {**uncovered(), "CODEXD_PROOF": str(table)}
     done = subprocess.run(command, cwd=TOP, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     found: list[dict[str, object]] = list(map(json.loads, table.read_text().splitlines()))
