@@ -32,15 +32,14 @@ $(READY): setup.cfg pyproject.toml codexd/__init__.py
 demo: $(READY)
 	@examples/demo.sh
 
-# Branch coverage by all tests and the daemons that they start costs half as much again, so
-# it is for CI, and for `make coverage`.  Workers load no more than they need and what is
-# killed says nothing: neither counts.
-COVERED := --cov=codexd --cov-branch --cov-config=tests/coverage.ini --cov-report=term:skip-covered
-
 test: $(READY)
-	$(VENV)/bin/python -m pytest $(TESTS) $(if $(CI),$(COVERED))
+	$(VENV)/bin/python -m pytest $(TESTS)
 
+# Branch coverage by all tests and the daemons that they start.  Workers load no more than
+# they need and what is killed says nothing: neither counts.
+COVERED := --cov=codexd --cov-branch --cov-config=tests/coverage.ini --cov-report=term:skip-covered
 coverage: $(READY)
+	@mkdir -p build
 	$(VENV)/bin/python -m pytest $(TESTS) $(COVERED)
 
 lint: $(READY)

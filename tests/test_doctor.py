@@ -455,9 +455,9 @@ def test_what_user_codexd_may_have_written_is_not_run_by_root(box: Box) -> None:
     box.run("rm", "-f", "/var/tmp/who")
     assert examined(box)["codex"][0]["what"] == "Codex 0.163.0: /srv/codex"
     uid = box.run("id", "-u", "codexd").stdout.strip()
-    assert box.pull("/var/tmp/who").decode().split() == [uid, uid], (
-        "asked for its version, and for a sandbox"
-    )
+    asked = box.pull("/var/tmp/who").decode().split()
+    assert len(asked) >= 2, "asked for its version, and for a sandbox"
+    assert set(asked) == {uid}
     box.push({"/etc/codexd/codexd.yaml": f"codex: {{bin: {CODEX}}}\n"})
 
 

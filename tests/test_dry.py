@@ -81,7 +81,7 @@ def test_twenty_tasks_while_the_quota_runs_dry(tmp_path: Path) -> None:
         assert 1 <= met <= 4  # those that ran when it was spent, and nobody after
         assert len(model.turns) == TASKS + met
         # The same reason with another minute is a line more.
-        assert len(notes(daemon, "closed")) <= 2
+        assert len(notes(daemon, "closed")) <= 2, notes(daemon, "closed")
         assert len(notes(daemon, "opened")) == 1
         assert len(notes(daemon, "running")) == TASKS + met
         one_probe(model)
