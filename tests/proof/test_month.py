@@ -16,9 +16,9 @@ from tests.proof.month import CONFIG, DAY, HOUR, KEPT, NIGHTLY, WELL, Month, Siz
 from tests.proof.simulated import Clock, Simulated, library
 from tests.test_bad_input import mounted
 
-pytestmark = [pytest.mark.xdist_group("month"), pytest.mark.timeout(pick(300, 3600, 7200))]
+pytestmark = [pytest.mark.xdist_group("month"), pytest.mark.timeout(pick(600, 3600, 7200))]
 
-DAYS = pick(12, 30, 60)
+DAYS = pick(30, 30, 60)
 STEP = pick(8, 1, 1) * HOUR
 
 
