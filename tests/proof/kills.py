@@ -68,10 +68,13 @@ class Killer:
 
     def revive(self) -> None:
         """A daemon that stays: one whose HTTP server was killed too early has ended."""
-        while not self.place.up():
+        while True:
+            # The one that is there may just be about to end.
+            until(lambda: self.place.is_ready() or not self.place.up(), "the daemon", 30)
+            if self.place.up():
+                return
             self.place.reap()
             self.place.launch()
-            until(lambda: self.place.is_ready() or not self.place.up(), "the daemon", 30)
 
 
 def run(name: str, seed: str, cycles: int) -> tuple[list[str], Counter[str]]:
