@@ -25,16 +25,21 @@ from tests.scripted_cases import CaseModel
 REAL = str(codex_cli_bin.bundled_codex_path())
 FAKE = str(Path(__file__).parent / "bin" / "codex")
 
-# Looks into every file it is told of and everywhere it can, and tries to write.
+# Looks into every file it is told of and everywhere it can, and tries to write.  It says
+# little: Codex leaves out the middle of what is long, and what was found with it.
 LOOK = r"""
 cat note.txt
 echo mine > made-here && cat made-here
-env
-cat /proc/*/environ /proc/*/cmdline | tr '\0' '\n' | grep -a 'CANAR[Y]'
-cat files.txt | while read -r file; do grep -a 'CANAR[Y]' "$file"; done
-grep -rahs 'CANAR[Y]' ROOT
-cat writes.txt | while read -r file; do (echo evil >> "$file") && echo "wrote to $file"; done
-(exec 3<> /dev/tcp/127.0.0.1/PORT) && echo connected
+{
+    env
+    cat /proc/*/environ /proc/*/cmdline | tr '\0' '\n'
+    cat files.txt | while read -r file; do cat "$file"; done
+    grep -rahs 'CANAR[Y]' ROOT
+} 2> /dev/null | grep -aoE '[A-Z0-9]+-CANAR[Y]' | sort -u
+cat writes.txt | while read -r file; do
+    (echo evil >> "$file") 2> /dev/null && echo "wrote to $file"
+done
+(exec 3<> /dev/tcp/127.0.0.1/PORT) 2> /dev/null && echo connected
 mktemp
 echo the end
 """

@@ -40,7 +40,7 @@ class Reader:
         return self._follower.book
 
     def read(self) -> None:
-        """Count what is new.  For a moment when nobody writes."""
+        """Count what is new.  Two rotations between two reads would hide what lies between."""
         for event in self._new():
             if self._carried:
                 self._carried -= 1
@@ -64,8 +64,10 @@ class Reader:
 
     def _new(self) -> Iterator[Event]:
         if self._fd >= 0:
+            # Asked before it is read: once it was replaced, nobody writes to it any more.
+            goes_on = os.fstat(self._fd).st_ino == os.stat(self.path).st_ino
             yield from self._rest()
-            if os.fstat(self._fd).st_ino == os.stat(self.path).st_ino:
+            if goes_on:
                 return
             os.close(self._fd)
         self._fd, self._offset = os.open(self.path, os.O_RDONLY), 0

@@ -80,6 +80,7 @@ class Month:
 
     def hour(self) -> None:
         end = self.daemon.clock.now + self.step
+        self.daemon.reader.read()  # before anything can ask for a rotation
         self.better()
         self.misfortune()
         self.work()
