@@ -40,7 +40,18 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.box import host
-from tests.box.plan import BIN, PATH, PROJECT, PYTHON, SITE, TREE, Mode, plan
+from tests.box.plan import (
+    BIN,
+    COVERAGE_DATA,
+    PATH,
+    PROJECT,
+    PYTHON,
+    SITE,
+    TREE,
+    Mode,
+    covered,
+    plan,
+)
 
 __all__ = ["BIN", "PATH", "PYTHON", "SITE", "TREE", "Box", "BoxError", "Mode"]
 
@@ -84,6 +95,9 @@ class Box:
     def __enter__(self) -> Self:
         host.sweep()
         cgroups = host.record(self.place)
+        if covered():
+            COVERAGE_DATA.mkdir(parents=True, exist_ok=True)
+            COVERAGE_DATA.chmod(0o1777)
         what = plan(self.name, self.place, self.mode, self.clean_proc, cgroups)
         command = [sys.executable, "-m", "tests.box.keeper", json.dumps(what)]
         with open(self.place / "console.log", "ab") as console:
@@ -238,7 +252,8 @@ class Box:
             uid, gid = self._ids(user)
             become = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--init-groups"]
             command += [*become, "--reset-env"]
-        command += ["env", *(f"{name}={value}" for name, value in (env or {}).items()), *argv]
+        whole = {**covered(), **(env or {})}
+        command += ["env", *(f"{name}={value}" for name, value in whole.items()), *argv]
         in_time, done = _finish(command, data or b"", timeout)
         said = _text(done.stdout + done.stderr)
         if not in_time:

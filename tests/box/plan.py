@@ -28,6 +28,8 @@ VENV = f"{TOP}/venv"
 BIN = f"{VENV}/bin"
 PYTHON = f"{BIN}/python"
 SITE = f"{TOP}/packages"  # the Python packages of this run
+COVERAGE = f"{TOP}/coverage"  # where covered commands leave their data
+COVERAGE_DATA = PROJECT / "build"  # what it is on the host: see tests/coverage.ini
 VERSION = "{}.{}".format(*sys.version_info)
 
 # What the host's admin enabled, and what the host remembers.
@@ -45,6 +47,17 @@ MASKED = (
     "systemd-modules-load.service",
     "systemd-sysctl.service", "systemd-udevd.service", "systemd-update-utmp.service",
 )  # fmt: skip
+_MEASURE = f"""\
+[run]
+branch = True
+parallel = True
+source_pkgs = codexd
+data_file = {COVERAGE}/coverage
+"""
+_STARTUP = (
+    "import os; os.environ.get('COVERAGE_PROCESS_START')"
+    " and __import__('coverage').process_startup()"
+)
 GENERATORS = ("/lib/systemd/system-generators/*", "/usr/local/lib/systemd/system-generators/*")
 
 
@@ -76,6 +89,7 @@ def plan(
         "files": inside.files,
         "links": inside.links,
         "binds": inside.binds,
+        "writable": [str(COVERAGE_DATA)],
     }
 
 
@@ -119,11 +133,23 @@ def _install(inside: Inside) -> None:
     inside.links[PYTHON] = str(base)
     inside.files |= {
         f"{VENV}/pyvenv.cfg": f"home = {base.parent}\ninclude-system-site-packages = {also}\n",
-        f"{VENV}/lib/python{VERSION}/site-packages/box.pth": f"{TREE}\n{SITE}\n",
+        f"{VENV}/lib/python{VERSION}/site-packages/box.pth": f"{TREE}\n{SITE}\n{_STARTUP}\n",
     }
+    if covered():
+        inside.binds[str(COVERAGE_DATA)] = COVERAGE
+        inside.files[f"{COVERAGE}.ini"] = _MEASURE
     for program, module, function in _programs():
         lines = [f"#!{PYTHON}", "import sys", f"from {module} import {function}"]
         inside.files[f"{BIN}/{program}"] = "\n".join([*lines, f"sys.exit({function}())", ""])
+
+
+def covered() -> dict[str, str]:
+    """The environment of commands whose lines are counted, empty unless this run does so.
+
+    Units do without: the hardened ones could not write what they found.
+    """
+    counts = "COVERAGE_PROCESS_CONFIG" in os.environ
+    return {"COVERAGE_PROCESS_START": f"{COVERAGE}.ini"} if counts else {}
 
 
 def interpreter() -> tuple[Path, dict[str, str]]:

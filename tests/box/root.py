@@ -70,7 +70,7 @@ class Root:
 
     def mount_all(self) -> None:
         for source, target in self.plan["binds"].items():
-            bind(source, self._at(target), read_only=True)
+            bind(source, self._at(target), read_only=source not in self.plan["writable"])
         self._mount_proc()
         mount("sysfs", self._at("/sys"), "sysfs", RDONLY | NOSUID | NODEV | NOEXEC)
         self._mount_dev()
