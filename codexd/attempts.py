@@ -2,8 +2,9 @@
 
 Part of the master, which calls `collect`, `awake` and `dispatch` in every round,
 in this order.  A worker is started only after its orders and its ledger line
-are on disk; an attempt is judged at once when its result is there, for Codex
-ended before that, and without a result only when nothing of it lives.
+are on disk.  One whose task was cancelled, says the ledger, is stopped until it ends.
+An attempt is judged at once when its result is there, for Codex ended before that,
+and without a result only when nothing of it lives.
 
 May fail: what the host refuses is told, and done again in the next round.
 """
@@ -28,6 +29,7 @@ from codexd.policy import ANSWERED
 from codexd.waits import Waits
 
 Record = Callable[[list[Event]], None]
+_AGAIN = 5.0  # seconds after which what was cancelled and still works is stopped again
 
 
 class Attempts:
@@ -58,6 +60,7 @@ class Attempts:
         self.refused = refused
         self.error = error
         self.wake_at: dict[str, float] = {}
+        self._stop_at: dict[str, float] = {}  # those cancelled: when to stop them, once more
         self.aside = Aside(keeper, error)
         self.beside = Beside(self.dirs, ledger.book.tasks, warn)
         # Tasks that were let through a closed gate, and what they are to find out.
@@ -72,7 +75,9 @@ class Attempts:
         ended = [t for t in running if self._has_result(t)]
         if len(ended) < len(running):
             working = self.launcher.working()
-            lost = [t for t in running if t not in ended and t.id not in working]
+            others = [t for t in running if t not in ended]
+            self._stop([t for t in others if t.cancel and t.id in working], now)
+            lost = [t for t in others if t.id not in working]
             alive = self.launcher.active() if lost else set()
             ended += [t for t in lost if t.id not in alive]
         finished = [f for f in map(self._judged, ended) if f]
@@ -80,6 +85,17 @@ class Attempts:
         self.record([f.event for f in finished])
         for one in finished:
             self._after(one, now)
+
+    def _stop(self, cancelled: list[Task], now: float) -> None:
+        """Stop what was cancelled and still works.
+
+        More than once: the daemon may have died with the call that was to do it, systemd not
+        have answered it, or have heard of it before it was asked to start the worker.
+        """
+        at = {task.id: self._stop_at.get(task.id, now) for task in cancelled}
+        due = [id for id, when in at.items() if when <= now]
+        self._stop_at = {**at, **dict.fromkeys(due, now + _AGAIN)}
+        self.launcher.stop(due)
 
     def _judged(self, task: Task) -> Finished | None:
         """What its attempt came to; None while that cannot be said, or not be written."""

@@ -110,10 +110,11 @@ class Controls:
             return place.has_ended(self.dirs, target)  # ended is as good as obeyed
         try:
             record(self._change(task, verb))
-        finally:  # also with a full disk, which this very task may be filling
+        except OSError:  # a full disk, which this very task may be filling
             if verb == "cancel" and task.state is State.RUNNING:
                 self.launcher.stop([target])
-        return True
+            raise
+        return True  # what the ledger says is cancelled, `Attempts.collect` stops
 
     def _all(self, verb: str) -> None:
         if verb == "compact":

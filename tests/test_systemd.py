@@ -133,6 +133,28 @@ def test_cancel_by_command(codexd: Installed) -> None:
     assert "sleep 161" not in codexd.command_lines()
 
 
+@pytest.mark.parametrize("lost", ["fails", "dies with the master"])
+def test_a_cancel_is_not_lost_with_the_call_that_stops(codexd: Installed, lost: str) -> None:
+    box, real = codexd.box, codexd.box.run("which", "systemctl").stdout.strip()
+    loses = {"fails": "exit 1", "dies with the master": "exec sleep 600"}[lost]
+    first = f"[ -e /run/codexd/master/asked ] || {{ : >/run/codexd/master/asked; {loses}; }}"
+    stand_in = f'#!/bin/sh\ncase "$(id -u) $*" in 0\\ *) ;; *\\ stop\\ *) {first} ;; esac\n'
+    name = lost.split()[0]
+    codexd.drop(f"[[hold {name}]]", f"{name}.md")
+    id = codexd.running(name)
+    box.push({"/usr/local/bin/systemctl": f'{stand_in}exec {real} "$@"\n'}, mode=0o755)
+    try:
+        box.run(f"{BIN}/codexd", "task", "cancel", id)
+        asked = ("test", "-e", "/run/codexd/master/asked")
+        until(lambda: not box.run(*asked, check=False).returncode, "its unit is to be stopped")
+        if lost != "fails":
+            box.run("systemctl", "kill", "--signal=SIGKILL", "--kill-whom=main", "codexd")
+        task = codexd.ended(name)
+    finally:
+        box.run("rm", "-f", "/usr/local/bin/systemctl", "/run/codexd/master/asked")
+    assert (task["state"], task["message"]) == ("cancelled", "cancelled on request")
+
+
 def assert_told(one: Installed, name: str, outcome: str, word: str) -> None:
     """That the answer file says what the worker ended of, and so does the task's JSON."""
     front, task = one.answer(name)[0], one.task(name)
