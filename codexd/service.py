@@ -189,7 +189,8 @@ class Service:
 
     def notify(self, message: str) -> None:
         if self._notifier:
-            self._notifier.notify(message)
+            # It sends text as Latin-1, or in silence not at all; systemd takes UTF-8.
+            self._notifier.notify(message.encode().decode("latin-1"))
 
     def ready(self) -> None:
         self.notify("READY=1")

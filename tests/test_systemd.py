@@ -64,6 +64,29 @@ def test_its_journal_tells_the_whole_story(codexd: Installed) -> None:
 
 
 def test_status_is_for_people(codexd: Installed) -> None:
+def test_its_journal_tells_what_failed(codexd: Installed) -> None:
+    """Also what went wrong before it could say so itself."""
+    broken = "[Service]\nExecStartPre=/bin/sh -c 'echo there is no flux >&2; exit 1'\n"
+    codexd.drop_in("codexd-worker@.service", broken)
+    codexd.drop("---\nattempts: 1\n---\n[[say never]]", "unfit.md")
+    id = codexd.ended("unfit")["id"]
+    codexd.drop_in("codexd-worker@.service", "")
+    assert "there is no flux" in [one["MESSAGE"] for one in codexd.box.journal(f"CODEXD_TASK={id}")]
+
+
+@pytest.mark.parametrize("said", ["x" * 100, "日本語"])
+def test_status_of_any_command(codexd: Installed, said: str) -> None:
+    """A long one is cut, with a sign that is not Latin-1."""
+    name = f"said-{len(said)}"
+    codexd.drop(f"[[shell sleep 1123; : {said}]]", f"{name}.md")
+    worker = unit(codexd.running(name))
+    status = lambda: codexd.box.show(worker, "StatusText")["StatusText"]  # noqa: E731
+    told = until(lambda: status() if "sleep 1123" in status() else "", "it says what Codex does")
+    assert told.endswith("x…" if len(said) > 80 else f": {said}"), told
+    codexd.box.run("systemctl", "stop", worker)
+    codexd.ended(name)
+
+
     codexd.drop("[[shell sleep 3141]]", "long.md")
     id = codexd.running("long")
     look = ("systemctl", "status", "--no-pager", "--lines=0")
