@@ -2,7 +2,7 @@
 
 A sandbox that cannot be set up is not told: commands fail one by one, or leave no
 trace, and the turn ends well.  So a command is tried in it before Codex is run:
-once a day, for each Codex and each boot.
+once a day, for each Codex, each boot and each start of a master that has units.
 
 A Codex may be too old for profiles, change what they mean, or have a sandbox
 that does not work; none of that is told, so it is tried, by a command in a real
@@ -42,13 +42,13 @@ def works(binary: str, home: str, env: Mapping[str, str], verb: Sequence[str]) -
 
     `verb`: see `command.sandbox_verb`.
 
-    Only the good is remembered (CODEX_HOME/.codexd/sandbox.json): what is mended is
-    seen at once.  Raises OSError when it cannot be told.
+    Only the good is remembered (CODEX_HOME/.codexd/sandbox.json), until `forget`: what is
+    mended is seen at once.  Raises OSError when it cannot be told.
     """
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
     of = [binary, _stamp(binary), boot, time.strftime("%Y-%m-%d"), "INVOCATION_ID" in os.environ]
-    known = os.path.join(home, ".codexd", "sandbox.json")
+    known = _known(home)
     try:
         if durable.read_json(known, 1 << 16).get("of") == of:
             return None
@@ -58,7 +58,20 @@ def works(binary: str, home: str, env: Mapping[str, str], verb: Sequence[str]) -
     if status == 0:
         durable.write_json(known, {"of": of})
         return None
+    forget(home)  # another may have remembered the good just before the unit was changed
     return f"Codex's sandbox does not work here, so nothing is run: {said or f'status {status}'}"
+
+
+def forget(home: str) -> None:
+    """Let `works` try again: the unit may be another, which nothing here tells."""
+    try:
+        os.unlink(_known(home))
+    except FileNotFoundError:
+        pass
+
+
+def _known(home: str) -> str:
+    return os.path.join(home, ".codexd", "sandbox.json")
 
 
 def verdict(home: str) -> str | None:

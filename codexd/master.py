@@ -160,8 +160,8 @@ class Master:
             self.take,
             self.attempts.collect,
             self.attempts.awake,
+            self.probe.tend,  # so that no task goes by what it is about to forget
             self.attempts.dispatch,
-            self.probe.tend,
             self.tend,
             self.hooks.tend,
         ):

@@ -1,16 +1,17 @@
 """Whether Codex's sandbox works where workers run: tried at start, and for each new Codex.
 
 Part of the master, whose own unit has no namespaces to try it in; so a worker is
-ordered that runs no turn.  Where the sandbox does not work, the gate closes at
-once; every worker looks at it again, so that nothing is run without one in
-silence, and the gate opens when it works.
+ordered that runs no turn.  What was found before is forgotten then, for the admin may
+have changed the unit.  Where the sandbox does not work, the gate closes at once; every
+worker looks at it again, so that nothing is run without one in silence, and the gate
+opens when it works.
 
 Only for workers that are units: a child process is what the first task finds.
 """
 
 from __future__ import annotations
 
-from codexd import exits, place, spool
+from codexd import canary, exits, place, spool
 from codexd.config import Config
 from codexd.gate import Keeper
 from codexd.launcher import Launcher
@@ -61,6 +62,7 @@ class Probe:
             "sandbox": self.keeper.sandbox(None, sandbox),
             "sandbox_verb": self.keeper.sandbox_verb,
         }
+        canary.forget(self.keeper.home)
         id = spool.new_id()
         place.begin_probe(self.dirs, id, {"attempt": 1, **orders})
         self._id, self._tried = id, tried

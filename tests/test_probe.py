@@ -83,6 +83,15 @@ def test_it_leaves_nothing(trial: Trial) -> None:
     assert os.listdir(trial.dirs.tasks) == []
 
 
+def test_what_was_found_before_is_forgotten(trial: Trial) -> None:
+    """The unit may be another since, which nothing tells; that goes for the first task, too."""
+    known = Path(trial.keeper.home) / ".codexd" / "sandbox.json"
+    known.parent.mkdir(parents=True)
+    known.touch()
+    trial.probe.tend(0.0)
+    assert not known.exists()
+
+
 def test_what_a_crash_left_of_it_goes_at_the_next_start(trial: Trial) -> None:
     trial.probe.tend(0.0)
     assert trial.probe.running == set(trial.units.started) == set(os.listdir(trial.dirs.tasks))
