@@ -32,6 +32,7 @@ class Ended:
     invocation: str = ""
     boot: str = ""
     stopping: bool = False  # the manager, and so the host or the session, was going down
+    stopped: bool = False  # somebody had asked for its end, as the launcher saw
     cost: Mapping[str, float] = field(default_factory=dict)
     oom_kills: int = 0
 
@@ -54,8 +55,8 @@ def read(path: Path) -> Ended | None:
         facts.get("invocation", ""),
         facts.get("boot", ""),
         facts.get("stopping") == "yes",
-        cgroup.cost(files),
-        cgroup.oom_kills(files),
+        cost=cgroup.cost(files),
+        oom_kills=cgroup.oom_kills(files),
     )
 
 
@@ -87,7 +88,7 @@ def outcome(ended: Ended, boot: str) -> tuple[Outcome, str]:
     if ended.stopping:
         return Outcome.INTERRUPTED, "the host was shut down in the middle of the turn"
     if ended.result == "timeout":
-        return Outcome.TIMEOUT, "its unit was running for too long (RuntimeMaxSec=)"
+        return _too_long(ended)
     if ended.result == "watchdog":
         return Outcome.STALL, "its worker hung, and was ended by its watchdog (WatchdogSec=)"
     if ended.result == "oom-kill" or (ended.oom_kills and ended.code in ("killed", "dumped")):
@@ -97,6 +98,22 @@ def outcome(ended: Ended, boot: str) -> tuple[Outcome, str]:
     if ended.result == "success":
         return Outcome.CANCELLED, "its unit was stopped by hand (systemctl stop)"
     return Outcome.HOST, _failed(ended)
+
+
+def _too_long(ended: Ended) -> tuple[Outcome, str]:
+    """A unit has three clocks, and systemd does not tell which of them it was.
+
+    A worker that is up hears SIGTERM, and ends by itself.
+    """
+    if ended.stopped:
+        text = "its unit was stopped by hand (systemctl stop), and killed as it did not end"
+        return Outcome.CANCELLED, f"{text} (TimeoutStopSec=)"
+    if ended.code == "exited":
+        return Outcome.TIMEOUT, "its unit was running for too long (RuntimeMaxSec=)"
+    if ended.status == "TERM":
+        return Outcome.TIMEOUT, "its worker was not up in time (TimeoutStartSec=)"
+    text = "its worker did not end when it was told to, and was killed"
+    return Outcome.TIMEOUT, f"{text} (RuntimeMaxSec=, TimeoutStartSec= or TimeoutStopSec=)"
 
 
 def _failed(ended: Ended) -> str:

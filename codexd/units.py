@@ -25,7 +25,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from codexd import exits
@@ -38,6 +38,7 @@ LOOK = 5.0  # seconds between looks at workers that tell nothing
 BATCH = 16  # units a call: a hundred starts in one transaction take a second
 BELL = ".bell"
 _UNIT = re.compile(rf"codexd-worker@({ID_PATTERN})\.service", re.ASCII)
+_STOPS = frozenset({"stop", "restart"})
 _GONE = frozenset({"inactive", "failed"})
 _LIST = ("list-units", "--all", "--output=json", "codexd-worker@*.service")
 
@@ -71,6 +72,7 @@ class Units:
         self._alive: dict[str, float] = {}  # id -> since when we take it to be there
         self._over: set[str] = set()  # of which systemd said that they are gone
         self._started: set[str] = set()  # of which systemd said to us that it starts them
+        self._stopped: set[str] = set()  # of which systemd said that somebody stops them
         self._refused: dict[str, str] = {}
         self._asked_at = -math.inf  # when we last asked about all workers
         self._answered = False
@@ -165,7 +167,9 @@ class Units:
         if call.verb == "list":
             if call.process.returncode == 0:
                 self._answered, self._doubtful = True, False
-                self._counted(_there(said), call.began)
+                units = _listed(said)
+                self._stopped |= {id for id, (_, job) in units.items() if job in _STOPS}
+                self._counted(_there(units), call.began)
         elif call.verb == "start" and call.process.returncode == 0:
             self._started.update(call.ids)
         elif call.verb == "start":
@@ -204,6 +208,7 @@ class Units:
             (self._exits / id).unlink(missing_ok=True)
             self._over.discard(id)
             self._started.discard(id)
+            self._stopped.discard(id)
             self._refused.pop(id, None)
             self._alive[id] = time.monotonic()
             if id in limits:
@@ -226,7 +231,7 @@ class Units:
         record = exits.read(self._exits / id)
         if record is None and id in self._started and id in self._over:
             return exits.vanished()
-        return record
+        return replace(record, stopped=True) if record and id in self._stopped else record
 
     def stop(self, ids: Iterable[str]) -> None:
         self._each("stop", ids, "--no-block")
@@ -238,8 +243,8 @@ class Units:
         for id in self._over - running:
             (self._exits / id).unlink(missing_ok=True)
             (self._limits / id).unlink(missing_ok=True)
-            self._over.discard(id)
-            self._started.discard(id)
+            for known in (self._over, self._started, self._stopped):
+                known.discard(id)
 
     def pause(self, now: float) -> float:
         # Their end is a SIGCHLD; this is for those that do not end.
@@ -261,7 +266,7 @@ def still_there(dirs: Directories) -> set[str]:
     except (subprocess.SubprocessError, FileNotFoundError) as error:
         what = f"workers may still run as units, and systemd does not say: {error}"
         raise OSError(errno.ETIMEDOUT, what) from error
-    return _there(told.stdout)
+    return _there(_listed(told.stdout))
 
 
 def _systemctl(dirs: Directories) -> list[str]:
@@ -273,13 +278,16 @@ def unit(id: str) -> str:
     return f"codexd-worker@{id}.service"
 
 
-def _there(said: bytes) -> set[str]:
-    """The ids of units that are not gone, in what list-units says."""
+def _listed(said: bytes) -> dict[str, tuple[str, str]]:
+    """Of each worker that list-units names, by its id, the state and the job."""
     listed = json.loads(said or b"[]")
-    # One that waits for another unit is inactive, with a job.
-    found = {one["unit"]: one.get("job") or one["active"] for one in listed}
-    named = {match[1]: state for name, state in found.items() if (match := _UNIT.fullmatch(name))}
-    return {id for id, state in named.items() if state not in _GONE}
+    found = {one["unit"]: (one["active"], one.get("job") or "") for one in listed}
+    return {match[1]: told for name, told in found.items() if (match := _UNIT.fullmatch(name))}
+
+
+def _there(units: Mapping[str, tuple[str, str]]) -> set[str]:
+    """The ids of those that are not gone; one that waits for another unit has a job."""
+    return {id for id, (state, job) in units.items() if job or state not in _GONE}
 
 
 def _open_bell(path: Path) -> int:

@@ -218,6 +218,17 @@ def test_a_worker_that_runs_for_too_long_is_named(codexd: Installed) -> None:
 
 
 def test_want_of_memory_is_named(codexd: Installed) -> None:
+def test_a_stop_that_takes_too_long_is_a_stop(codexd: Installed) -> None:
+    deaf = "[Service]\nTimeoutStopSec=8s\nKillSignal=SIGURG\n"
+    codexd.drop_in("codexd-worker@.service", deaf)
+    codexd.drop("[[shell sleep 2449]]", "deaf.md")
+    codexd.box.run("systemctl", "stop", unit(codexd.running("deaf")))
+    task = codexd.ended("deaf")
+    codexd.drop_in("codexd-worker@.service", "")
+    assert task["state"] == "cancelled"
+    assert_told(codexd, "deaf", "cancelled", "TimeoutStopSec")
+
+
     """The worker itself gets no memory: a limit far below what Codex needs."""
     codexd.drop_in("codexd-worker@.service", "[Service]\nMemoryMax=24M\nMemorySwapMax=0\n")
     codexd.drop("---\nattempts: 1\n---\n[[say never]]", "greedy.md")
