@@ -57,11 +57,13 @@ class Evidence:
         short it alone tells by whom.
         """
         found = self._left(task)
-        if ended is None or found.ended or (found.began and ended.result == "vanished"):
+        if ended is None:
+            return found
+        found = replace(found, cost={**(found.cost or {}), **ended.cost})
+        if found.ended or (found.began and ended.result == "vanished"):
             return found
         outcome, text = exits.outcome(ended, exits.boot())
-        cost = {**(found.cost or {}), **ended.cost}
-        return replace(found, outcome=outcome, message=text, cost=cost)
+        return replace(found, outcome=outcome, message=text)
 
     def was_stopped(self, task: Task) -> bool:
         """Whether its worker was told to stop, and we did not tell it."""

@@ -17,6 +17,7 @@ import pytest
 from codexd import clock, config, place, spend, spool
 from codexd.config import Config, Directories
 from codexd.evidence import Evidence
+from codexd.exits import Ended
 from codexd.finish import Finish
 from codexd.gate import BUDGET, Keeper
 from codexd.ledger import Ledger
@@ -205,6 +206,27 @@ def test_an_attempt_that_is_judged_again_counts_once(tmp_path: Path, saved: bool
     again.spend.save()
     assert View(loaded.dirs).usage("session")[0]["input_tokens"] == 900
     assert View(loaded.dirs).usage("model")[0]["model"] == "gpt-x"
+
+
+def test_what_a_worker_used_that_was_killed_after_its_turn_is_kept(tmp_path: Path) -> None:
+    """Its exit record alone tells."""
+    loaded = settings(tmp_path)
+    task = Task(ID, State.RUNNING, launches=1, attempts=1, created=clock.now())
+    at = loaded.dirs.tasks / ID / "1"
+    at.mkdir(parents=True)
+    (at / "started").touch()
+    (at / "attempt.json").write_text("{}")
+    said = {"type": "agent_message", "id": "i", "text": "yes"}
+    events: list[dict[str, object]] = [
+        {"type": "thread.started", "thread_id": THREAD},
+        {"type": "turn.started"},
+        {"type": "item.completed", "item": said},
+        {"type": "turn.completed", "usage": USED},
+    ]
+    (at / "events.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in events))
+    used = {"cpu_seconds": 1.5, "memory_peak_bytes": 1 << 20}
+    found = Evidence(loaded).result(task, Ended("signal", "killed", "KILL", cost=used))
+    assert (found.outcome.value, found.answer, found.cost) == ("done", "yes", used)
 
 
 def test_what_a_killed_worker_left_is_read_in_little_memory(tmp_path: Path) -> None:
