@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from codexd.config import Config
+from codexd.config import Config, Directories
 
 NAME = "50-codexd.conf"
 WORKER, MASTER = "codexd-worker@.service", "codexd.service"
@@ -32,20 +32,23 @@ class Unfit(ValueError):
     """A path that no unit file can name."""
 
 
-def texts(config: Config, own: Iterable[Path], codex: str | None) -> dict[str, str]:
+def texts(
+    config: Config, own: Iterable[Path], codex: str | None, worker: str = ""
+) -> dict[str, str]:
     """Drop-ins by the name of their unit; none for a unit that needs none.
 
     `own` are directories that codexd's programs need, `codex` is the Codex
-    binary as it is called, where there is one.
+    binary as it is called, where there is one; `worker` is the text of a worker's unit,
+    which a user's drop-in may have to take a line back of.
     """
     ours = list(own)
     programs = [*ours, *(_of_codex(codex) if codex else ())]
     roots = [*config.workdirs, config.workdir]
     home = config.codex.home
-    notes = [Path(p) for p in map(os.path.expanduser, config.memory.paths) if os.path.isabs(p)]
     token = config.http.token_file
     found = {
-        WORKER: _service(config, [*roots, home], [*notes, *programs]) + _personal(config),
+        WORKER: _service(config, [*roots, home], [*_notes(config), *programs])
+        + _personal(config, worker),
         MASTER: _service(config, [home], programs),
         HTTP: _service(config, [], [*ours, *([token] if token else [])]),
         HOOK: _service(config, [], [*ours, *(Path(words[0]) for words in config.on.values())]),
@@ -71,12 +74,31 @@ def _service(config: Config, write: Iterable[Path], read: Iterable[Path]) -> lis
     return ["[Service]", *lines]
 
 
-def _personal(config: Config) -> list[str]:
-    """A user's own CODEX_HOME, with a login, where codexd has another."""
+def unseen(config: Config) -> list[Path]:
+    """Notes that no worker can see: they lie where its unit hides codexd's own secrets."""
+    system = Directories.system() if config.dirs.systemwide else config.dirs
+    return [path for path in _notes(config) if _below(path, [str(system.config_file.parent)])]
+
+
+def _notes(config: Config) -> list[Path]:
+    found = map(os.path.expanduser, config.memory.paths)
+    return [Path(path) for path in found if os.path.isabs(path)]
+
+
+def _personal(config: Config, worker: str) -> list[str]:
+    """A user's own CODEX_HOME, with a login: hidden where codexd has another.
+
+    Where it is codexd's, the unit's own list would hide it from a worker, whatever binds it:
+    so that is given again without it.
+    """
     own = Path.home() / ".codex"
-    if config.dirs.systemwide or config.codex.home.is_relative_to(own):
+    if config.dirs.systemwide:
         return []
-    return ["[Service]", f"InaccessiblePaths={_quoted(f'-{_named(own)}')}"]
+    if not config.codex.home.is_relative_to(own):
+        return ["[Service]", f"InaccessiblePaths={_quoted(f'-{_named(own)}')}"]
+    lists = re.findall(r"(?m)^InaccessiblePaths=(.*)$", worker)
+    others = [word for words in lists for word in words.split() if word != "-%h/.codex"]
+    return ["[Service]", *(f"InaccessiblePaths={word}" for word in ("", *others))]
 
 
 def _listen(config: Config) -> list[str]:

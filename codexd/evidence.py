@@ -41,6 +41,7 @@ class Result:
     cost: Mapping[str, float] | None = None
     rounds: tuple[Mapping[str, object], ...] = ()  # those before the last, as `rounds` tells them
     verified: int | None = None  # status of the check after the last turn
+    notes: str = ""  # what could not be searched for notes
 
 
 class Evidence:
@@ -158,6 +159,7 @@ def _checked(found: Mapping[str, object], task: Task) -> Result:
         cost=_numbers(cost, cgroup.COST),
         rounds=tuple(one for one in rounds if isinstance(one, dict)),
         verified=verified if isinstance(verified, int) else None,
+        notes=str(found.get("memory_note") or ""),
     )
 
 

@@ -266,7 +266,8 @@ def _unfit(found: Result, refused: str | None) -> Result:
 def _told(task: Task, found: Result, beside: str) -> Result:
     """What the evidence comes to for this task."""
     if found.outcome is Outcome.DONE:
-        return replace(found, message=found.message or beside)
+        told = "; ".join(filter(None, (beside, found.notes)))
+        return replace(found, message=found.message or told)
     if task.cancel:
         return replace(found, outcome=Outcome.CANCELLED, message="cancelled on request")
     if found.outcome is Outcome.THREAD_LOST and found.turned:

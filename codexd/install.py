@@ -145,7 +145,8 @@ def plan(scene: Scene) -> dict[Path, File]:
     if scene.packaged and scene.config.dirs.state not in (_SYSTEM_STATE, Path.home() / _USER_STATE):
         why = "the units of a package know only ~/.local/state: unset XDG_STATE_HOME"
         raise Trouble(Exit.CONFIGURATION, why)
-    dropins = _dropins(scene, place)
+    units = target.packaged if scene.packaged else data() / ("user" if scene.user else "")
+    dropins = _dropins(scene, place, (units / dropin.WORKER).read_text())
     if scene.packaged:
         ages = {} if scene.user else layout.ageing(target, scene.config, _TMPFILES.read_text())
         return layout.derived(target, dropins) | ages
@@ -159,7 +160,7 @@ def plan(scene: Scene) -> dict[Path, File]:
     return layout.whole(target, scene.config, dropins, found, place, named, sys.executable)
 
 
-def _dropins(scene: Scene, place: Path) -> dict[str, str]:
+def _dropins(scene: Scene, place: Path, worker: str) -> dict[str, str]:
     """For a package that is being made nothing of this host counts.  Raises Trouble."""
     own = [] if scene.prefix else own_places(place)
     try:
@@ -167,7 +168,7 @@ def _dropins(scene: Scene, place: Path) -> dict[str, str]:
     except codex.Missing:
         found = None
     try:
-        return dropin.texts(scene.config, own, found)
+        return dropin.texts(scene.config, own, found, worker)
     except dropin.Unfit as why:
         raise Trouble(Exit.CONFIGURATION, str(why)) from why
 
@@ -327,6 +328,8 @@ def _next(one: Scene) -> Iterator[str]:
         path = SERVICE_PATH
     yield f"Log in to Codex: {log_in(one.config, path)}"
     yield f"or put a key:    (umask 077; echo CODEX_API_KEY=... > {key})"
+    for notes in dropin.unseen(one.config):
+        yield f"Not seen:        {notes} (memory.paths), which is hidden from workers; move it"
     if one.config.http.listen is None:
         option = "--user " if one.user else ""
         yield f"HTTP is off:     systemctl {option}mask --now codexd-http.socket"

@@ -159,9 +159,7 @@ class Attempt:
     def remembered(self, workdir: str) -> str:
         """The notes that go into the prompt; never a reason to fail."""
         settings = self.orders["memory"]
-        if not settings["on"] or not any(
-            os.path.lexists(os.path.join(workdir, os.path.expanduser(p))) for p in settings["paths"]
-        ):
+        if not settings["on"] or not any(_may_be(workdir, p) for p in settings["paths"]):
             return ""
         from codexd import memory
 
@@ -258,6 +256,17 @@ class Attempt:
             "memory_note": self.memory_note,
         }
         durable.write_json(self.path("result.json"), {**result, **evidence})
+
+
+def _may_be(workdir: str, path: str) -> bool:
+    """Whether there can be notes; where we may not look, the search says so."""
+    try:
+        os.lstat(os.path.join(workdir, os.path.expanduser(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def why_not(problem: Exception) -> tuple[Outcome, str]:

@@ -135,6 +135,9 @@ def places(host: Host) -> Findings:
         path = Path(os.path.expanduser(name))
         if path.is_absolute() and not path.exists():
             yield warn(f"there are no notes at {path} (memory.paths)", f"mkdir -p {path}")
+    for path in dropin.unseen(config) if host.units else ():
+        mend = f"move them elsewhere, name that in {host.dirs.config_file}, and {_again(host)}"
+        yield warn(f"workers cannot see the notes at {path}: their unit hides them", mend)
 
 
 def _writable(path: Path, uid: int, gid: int, name: str) -> bool:

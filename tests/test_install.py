@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -261,6 +262,28 @@ def test_a_login_of_ones_own_in_a_home_with_a_blank(
     monkeypatch.setenv("HOME", "/home/a b")
     found = dropin.texts(configured(tmp_path, "", Directories.user({"HOME": "/home/x"})), [], None)
     assert found["codexd-worker@.service"] == ('[Service]\nInaccessiblePaths="-/home/a b/.codex"\n')
+
+
+def test_a_login_of_ones_own_that_is_codexds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd would hide it even where it binds it: its unit's list is given again without it."""
+    monkeypatch.setenv("HOME", "/home/x")
+    user = Directories.user({"HOME": "/home/x"})
+    worker = (UNITS / "user" / dropin.WORKER).read_text()
+    hidden = [w for line in re.findall("(?m)^InaccessiblePaths=(.*)", worker) for w in line.split()]
+    text = configured(tmp_path, "codex: {home: ~/.codex}\n", user)
+    found = dropin.texts(text, [], None, worker)[dropin.WORKER].splitlines()
+    assert found[:4] == [
+        "[Service]", "BindPaths=-/home/x/.codex", "[Service]", "InaccessiblePaths=",
+    ]  # fmt: skip
+    again = [line.removeprefix("InaccessiblePaths=") for line in found[4:]]
+    assert set(hidden) - set(again) == {"-%h/.codex"}
+
+
+def test_notes_that_no_worker_sees(tmp_path: Path) -> None:
+    text = "memory: {paths: [/etc/codexd/notes, /srv/notes, memory, ~/.config/codexd/n]}\n"
+    assert dropin.unseen(configured(tmp_path, text)) == [Path("/etc/codexd/notes")]
 
 
 def test_http_over_tcp_is_the_sockets(tmp_path: Path) -> None:

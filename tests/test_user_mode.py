@@ -189,6 +189,50 @@ def test_what_a_command_of_the_model_can_reach(mine: Mine, sandbox: str) -> None
         assert KEY not in told
 
 
+def reconfigure(mine: Mine, text: str) -> str:
+    """What `codexd install` says of another configuration, under which codexd runs then."""
+    mine.box.push({f"{CONFIG}/codexd.yaml": text}, owner=ALICE)
+    told = mine.codexd("install", "--user").stdout
+    mine.systemctl("restart", "codexd")
+    return told
+
+
+def test_a_codex_home_of_her_own(mine: Mine) -> None:
+    """The one place among her secrets that codexd may be given."""
+    before = mine.box.pull(f"{CONFIG}/codexd.yaml").decode()
+    mine.sh(f"cp -r {STATE}/codex {HOME}/.codex")
+    look = f"{HOME}/src/look-home"
+    mine.box.push({look: f"cat {HOME}/.ssh/id; cat {CONFIG}/api.env; echo looked\n"}, owner=ALICE)
+    codex = f"codex: {{bin: {CODEX}, home: ~/.codex, sandbox: danger-full-access}}\n"
+    reconfigure(mine, f"{codex}workdirs: [work, ~/src]\n")
+    try:
+        mine.drop("own", f"---\nworkdir: ~/src\n---\n[[shell sh {look} 2>&1]][[say at home]]\n")
+        task = mine.until_state("own", "done", "failed", "waiting", "cancelled")
+        assert task["state"] == "done", task
+        assert "looked" in (told := mine.outputs(task["thread"]))
+        assert "secret" not in told
+        assert KEY not in told
+    finally:
+        reconfigure(mine, before)
+        mine.sh(f"rm -r {HOME}/.codex")
+
+
+def test_notes_that_no_worker_sees(mine: Mine) -> None:
+    """They lie beside the key; whoever puts them there is told."""
+    before = mine.box.pull(f"{CONFIG}/codexd.yaml").decode()
+    notes = f"{CONFIG}/notes"
+    mine.sh(f"mkdir {notes}; echo of the notes > {notes}/a.md")
+    told = reconfigure(mine, f"{before}memory: {{paths: [{notes}]}}\n")
+    try:
+        assert f"{notes} (memory.paths), which is hidden from workers" in told
+        assert ("warn", True) in [(s, notes in what) for s, what in mine.doctor()["places"]]
+        mine.drop("unseen", "Have you seen the notes? [[say no]]\n")
+        task = mine.until_state("unseen", "done", "failed")
+        assert (task["state"], task["message"]) == ("done", f"memory: {notes}: Permission denied")
+    finally:
+        reconfigure(mine, before)
+
+
 def test_a_restart_of_the_master_keeps_a_running_worker(mine: Mine) -> None:
     id = mine.held("kept")
     before = mine.shown(unit(id), "InvocationID")
