@@ -38,8 +38,8 @@ def texts(
     """Drop-ins by the name of their unit; none for a unit that needs none.
 
     `own` are directories that codexd's programs need, `codex` is the Codex
-    binary as it is called, where there is one; `worker` is the text of a worker's unit,
-    which a user's drop-in may have to take a line back of.
+    binary as it is called, where there is one; `worker` is the text of a user's unit for
+    workers, of which something may have to be taken back.
     """
     ours = list(own)
     programs = [*ours, *(_of_codex(codex) if codex else ())]

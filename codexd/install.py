@@ -145,8 +145,7 @@ def plan(scene: Scene) -> dict[Path, File]:
     if scene.packaged and scene.config.dirs.state not in (_SYSTEM_STATE, Path.home() / _USER_STATE):
         why = "the units of a package know only ~/.local/state: unset XDG_STATE_HOME"
         raise Trouble(Exit.CONFIGURATION, why)
-    units = target.packaged if scene.packaged else data() / ("user" if scene.user else "")
-    dropins = _dropins(scene, place, (units / dropin.WORKER).read_text())
+    dropins = _dropins(scene, place)
     if scene.packaged:
         ages = {} if scene.user else layout.ageing(target, scene.config, _TMPFILES.read_text())
         return layout.derived(target, dropins) | ages
@@ -160,8 +159,10 @@ def plan(scene: Scene) -> dict[Path, File]:
     return layout.whole(target, scene.config, dropins, found, place, named, sys.executable)
 
 
-def _dropins(scene: Scene, place: Path, worker: str) -> dict[str, str]:
+def _dropins(scene: Scene, place: Path) -> dict[str, str]:
     """For a package that is being made nothing of this host counts.  Raises Trouble."""
+    units = scene.target.packaged if scene.packaged else data() / "user"
+    worker = (units / dropin.WORKER).read_text() if scene.user else ""
     own = [] if scene.prefix else own_places(place)
     try:
         found = None if scene.prefix else codex.find(scene.config.codex.bin, SERVICE_PATH)

@@ -313,9 +313,9 @@ def test_the_master_waits_for_a_systemd_that_does_not_answer(codexd: Installed) 
 
 def test_nothing_runs_without_a_sandbox(codexd: Installed) -> None:
     """Such a turn would end well; so it is tried before, at the start and for each task."""
-    codexd.drop_in("codexd-worker@.service", "[Service]\nRestrictNamespaces=yes\n")
     known = ("test", "-e", f"{STATE}/codex/.codexd/sandbox.json")
-    assert not codexd.box.run(*known, check=False).returncode, "it was good before"
+    until(lambda: not codexd.box.run(*known, check=False).returncode, "it is good at first")
+    codexd.drop_in("codexd-worker@.service", "[Service]\nRestrictNamespaces=yes\n")
     codexd.configure(codexd.config + "retry:\n  base: 1s\n  cap: 2s\n")
     codexd.box.run("systemctl", "restart", "codexd")
 
