@@ -50,6 +50,34 @@ def test_a_dropped_file_is_answered(codexd: Installed) -> None:
     assert f"in {STATE}/work" in str(outputs)
 
 
+def test_what_a_task_used_is_told_everywhere(codexd: Installed) -> None:
+    """As the kernel counts it, not less than in the middle of the turn."""
+    codexd.drop("[[shell echo enough]]\n[[hold used]]\n[[say used]]", "used.md")
+    id = codexd.running("used")
+    until(lambda: any("enough" in str(turn["outputs"]) for turn in codexd.asked()), "it has begun")
+    look = f"for f in $(find /sys/fs/cgroup -path '*/{unit(id)}/*'); do echo [$f]; cat $f; done"
+    parts = codexd.box.run("sh", "-c", f"{look} 2>/dev/null", timeout=60).stdout.split("\n[")
+    counted = dict(part.rpartition("/")[2].split("]\n", 1) for part in parts if "]\n" in part)
+    codexd.release("used")
+    task = codexd.ended("used")
+    record = f"{STATE}/archive/{id[:4]}-{id[4:6]}/{id}/1/result.json"
+    until(lambda: not codexd.box.run("test", "-e", record, check=False).returncode, "its record")
+    cost = json.loads(codexd.box.pull(record))["cost"]
+    assert cost["tasks_peak"] >= int(counted["pids.peak"]) > 5
+    assert cost["memory_peak_bytes"] >= int(counted["memory.max_usage_in_bytes"]) > 1 << 20
+    assert cost["cpu_seconds"] > 0
+    for name, word in (("io_read_bytes", "Read"), ("io_write_bytes", "Write")):
+        lines = map(str.split, counted.get("blkio.throttle.io_service_bytes", "").splitlines())
+        figures = [int(line[2]) for line in lines if line[1] == word]
+        assert cost[name] >= sum(figures) if figures else name not in cost, (cost, counted)
+    (line,) = [line for line in codexd.box.pull(f"{STATE}/tasks.md").decode().splitlines()
+               if id in line and "**done**" in line]  # fmt: skip
+    assert f"cost={json.dumps(cost, separators=(',', ':'))}" in line
+    del cost["tasks_peak"]
+    unknown = dict.fromkeys(("io_read_bytes", "io_write_bytes"))
+    assert task["cost"] == {**unknown, **cost}
+
+
 def test_its_journal_tells_the_whole_story(codexd: Installed) -> None:
     codexd.drop("[[say a story]]", "story.md")
     id = codexd.ended("story")["id"]
@@ -429,6 +457,37 @@ def test_the_configuration_is_read_again(codexd: Installed) -> None:
     until(lambda: not codexd.box.run("test", "-e", rejected, check=False).returncode, "a reason")
     codexd.configure(codexd.config)
     codexd.box.run("systemctl", "reload", "codexd")
+
+
+# --- what gets old ------------------------------------------------------------------------------
+
+
+def test_only_answers_and_rejected_files_age(codexd: Installed) -> None:
+    """By tmpfiles.d, which works without a daemon; nobody can set all times of a file, so wait."""
+    box, shipped = codexd.box, codexd.box.pull("/usr/lib/tmpfiles.d/codexd.conf").decode()
+    box.push({"/var/short.conf": shipped.replace(" 90d\n", " 2s\n")})
+    codexd.drop("[[hold live]]\n[[say lived]]", "live.md")
+    codexd.running("live")
+    ages = {f"{SPOOL}/answers/a.md", f"{SPOOL}/rejected/r.md", f"{SPOOL}/rejected/r.md.reason"}
+    stays = {f"{SPOOL}/inbox/new.part", f"{SPOOL}/schedules/daily.md"}
+    stays |= {f"{STATE}/{name}/kept" for name in ("tasks", "work", "codex", "archive", "sessions")}
+    young, moved = f"{SPOOL}/answers/young.md", f"{SPOOL}/rejected/young.md"
+    box.push(dict.fromkeys((*ages, *stays), "x"), owner="codexd")
+    box.run("touch", "--date=2001-01-01", *ages, *stays)
+
+    def left(conf: str) -> set[str]:
+        box.run("touch", young)
+        box.run("touch", "--date=2001-01-01", moved)  # old, but rejected just now
+        box.run("systemd-tmpfiles", "--clean", conf)
+        found = box.run("find", SPOOL, STATE, "-newermt", "2000-01-01", "-type", "f").stdout
+        return set(found.splitlines())
+
+    assert ages | stays | {young, moved} <= left("codexd.conf")
+    until(lambda: not ages & (now := left("/var/short.conf")) and {young, moved} <= now, "they go")
+    assert stays <= left("/var/short.conf")
+    codexd.release("live")
+    assert codexd.ended("live")["state"] == "done"
+    box.run("rm", "-f", young, moved, *stays)
 
 
 # --- who may do what -------------------------------------------------------------------------
