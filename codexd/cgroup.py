@@ -88,9 +88,9 @@ def _io(files: Mapping[str, str]) -> dict[str, float | None]:
             "io_write_bytes": _total(w.removeprefix("wbytes=") for w in words if w[:2] == "wb"),
         }
     lines = [line.split() for line in files.get("blkio.throttle.io_service_bytes", "").split("\n")]
-    if not any(lines):
-        return {}
     counted = [line for line in lines if len(line) == 3]
+    if not counted:
+        return {}  # "Total 0" alone: newer kernels count only where something throttles
     return {
         "io_read_bytes": _total(line[2] for line in counted if line[1] == "Read"),
         "io_write_bytes": _total(line[2] for line in counted if line[1] == "Write"),

@@ -61,6 +61,7 @@ class Link:
         sock = writer.get_extra_info("socket")
         self.local = sockets.is_unix(sock)
         self.uid = sockets.peer(sock) if self.local else None
+        self.answered = False  # at least once
         writer.transport.set_write_buffer_limits(high=0)  # drain() means: the kernel has it
 
     async def send(self, data: bytes) -> None:
@@ -90,7 +91,11 @@ class Server:
         self._stop.set()
 
     async def serve(self, bound: sockets.Bound) -> None:
-        """Serve until `stop`; then answer whoever waits, and leave within GRACE."""
+        """Serve until `stop`; then answer whoever waits or has just come, and leave within GRACE.
+
+        A connection of which nothing has come yet may have its request on the way: to close it
+        would lose that.  Between two requests every client must expect the end.
+        """
         servers = [
             await asyncio.start_server(
                 self._accept, sock=sock, backlog=sockets.BACKLOG, limit=HEAD_LIMIT
@@ -103,7 +108,9 @@ class Server:
         for server in servers:
             server.close()
         self.api.stopping = True
-        for link in list(self._unready):
+        for _ in range(2):  # as many turns of the loop take what was accepted to `_accept`
+            await asyncio.sleep(0)
+        for link in [link for link in self._unready if link.answered]:
             link.abort()
         if self._links:
             await asyncio.wait(self._links.values(), timeout=GRACE)
@@ -222,6 +229,7 @@ class Server:
             self.service.log(Level.INFO, "http.post", task=_task(where), **about)
         self._taking[link] = None
         await link.send(asked.render(answer, keep=keep))
+        link.answered = True
         self._forget(link)
 
 

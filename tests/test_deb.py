@@ -35,6 +35,31 @@ def run(*command: str | Path, cwd: Path = TOP) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=200, env=env)
 
 
+def packages() -> list[list[str]]:
+    """Those installed here: name, priority, what it provides, what it depends on."""
+    form = r"${Package}\t${Priority}\t${Provides}\t${Pre-Depends}, ${Depends}\n"
+    listed = run("dpkg-query", "--show", "--showformat", form).stdout
+    return [line.split("\t") for line in listed.splitlines()]
+
+
+def asked_for(deb: Path) -> set[str]:
+    """The packages that every Debian has, and those that this one needs; and what these need."""
+    needs, real = {}, {}
+    for name, _, provided, depends in packages():
+        needs[name] = depends
+        for virtual in re.findall(r"[a-z0-9][a-z0-9+.-]+(?=[ ,]|$)", f"{provided}, {name}"):
+            real.setdefault(virtual, name)
+    found = {name for name, priority, *_ in packages() if priority in ("required", "important")}
+    new, needs[""] = [*found, ""], run("dpkg-deb", "--field", deb, "Depends").stdout
+    while new:
+        for choice in needs[new.pop()].split(","):
+            names = [real.get(re.split("[ :(]", word.strip())[0]) for word in choice.split("|")]
+            if (name := next(filter(None, names), None)) and name not in found:
+                found.add(name)
+                new.append(name)
+    return found
+
+
 def files(tree: Path) -> set[str]:
     return {str(path.relative_to(tree)) for path in tree.rglob("*")}
 
@@ -87,10 +112,22 @@ class Packaged(Installed):
     def __init__(self, box: Box, deb: Path) -> None:
         self.box = box
         self.config = ""
+        self.strip(asked_for(deb))
         box.run("rm", "-f", "/usr/sbin/policy-rc.d")  # containers forbid to start what is installed
         box.run("ln", "-sf", CODEX, "/usr/local/bin/codex")
         self.install(deb)
         self.furnish()
+
+    def strip(self, wanted: set[str]) -> None:
+        """Of what a clean Debian lacks the package shall only find what it asks for.
+
+        Of Python's modules, D-Bus and polkit, that is: other programs do these tests use.
+        """
+        mine = (name for name, *_ in packages() if name.startswith(("python3-", "dbus", "polkitd")))
+        there = sorted(set(mine) - wanted)
+        # A link to a directory, as /lib is one, is a directory: it stays.
+        remove = 'dpkg-query --listfiles "$@" | while read -r f; do [ -d "$f" ] || echo "$f"; done'
+        self.box.run("sh", "-c", f"{remove} | xargs -d '\\n' rm -f", "sh", *there)
 
     def install(self, deb: Path) -> str:
         self.box.push({"/srv/codexd.deb": deb.read_bytes()})
@@ -252,7 +289,9 @@ def test_purged_it_leaves_what_is_the_users(codexd: Packaged, deb: Path) -> None
         codexd.install(deb)
     codexd.drop("[[say kept]]", "kept.md")
     codexd.ended("kept")
-    codexd.box.push({f"{STATE}/codex/auth.json": "{}"}, mode=0o600, owner="codexd")
+    names = "auth.json .credentials.json .env .env.local config.toml my.config.toml config.toml.bak"
+    secrets = (f"{STATE}/codex/{name}" for name in (*names.split(), "shell_snapshots/1.sh"))
+    codexd.box.push(dict.fromkeys(secrets, f"key={KEY}\n"), mode=0o600, owner="codexd")
     also = "workdirs: [work, /srv/r]\nmemory: {paths: [/tmp/notes]}\nretention: {answers: 7d}\n"
     codexd.configure(f"codex: {{home: /srv/home}}\n{also}")
     codexd.box.run("codexd", "install")
@@ -270,8 +309,11 @@ def test_purged_it_leaves_what_is_the_users(codexd: Packaged, deb: Path) -> None
     assert f"rm -rf {SPOOL} {STATE}" in said
     assert codexd.answer("kept")[1] == "kept\n"
     assert not codexd.there("/etc/codexd")
-    assert not codexd.there(f"{STATE}/codex/auth.json")
-    assert KEY not in codexd.box.run("grep", "-rs", KEY, "/etc", check=False).stdout
+    found = codexd.box.run("grep", "-rls", "-e", KEY, "/etc", STATE, SPOOL, check=False).stdout
+    assert not found, "no key and no login is left"
+    assert codexd.box.run("find", f"{STATE}/codex/sessions", "-name", "*.jsonl").stdout, (
+        "threads are"
+    )
     assert codexd.box.run("id", "-nG", ALICE).stdout.split()[-1] == "codexd", "users and group stay"
     codexd.box.run("systemctl", "stop", "model")
     codexd.box.run("rm", "-rf", SPOOL, STATE)

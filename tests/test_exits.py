@@ -151,6 +151,7 @@ def test_what_a_control_group_used(files: dict[str, str]) -> None:
 def test_what_is_not_counted_is_not_guessed() -> None:
     assert cgroup.cost({}) == {}
     assert cgroup.cost({"memory.peak": "max\n", "cpu.stat": "nr_periods 0\n"}) == {}
+    assert cgroup.cost({"blkio.throttle.io_service_bytes": "Total 0\n"}) == {}
     assert cgroup.oom_kills({}) == 0
 
 

@@ -556,6 +556,22 @@ def test_it_ends_when_told_and_keeps_nobody_waiting(tmp_path: Path, number: int)
         assert half.closed()
 
 
+def test_who_has_just_come_is_answered_before_the_end(tmp_path: Path) -> None:
+    one = Web(tmp_path)
+    with one.connect() as just, one.connect() as half, one.connect() as idle:
+        half.send(b"GET /tasks HTTP/1.1\r\n")
+        assert idle.ask("GET", "/tasks").status == 200  # so the others were accepted
+        one.child.send_signal(signal.SIGTERM)
+        assert idle.closed()
+        assert just.ask("GET", "/tasks").status == 200
+        assert just.closed()
+        half.send(b"Host: localhost\r\n\r\n")
+        assert half.read().status == 200
+        begun = time.monotonic()
+        assert one.ended() == (Exit.DONE, "")
+        assert time.monotonic() - begun < 2.0, "nobody is left to wait for"
+
+
 def test_a_bug_is_told_in_the_log_and_not_to_the_client(tmp_path: Path) -> None:
     (tmp_path / "sessions").write_text("no directory")
     with Web(tmp_path) as one:

@@ -19,6 +19,7 @@ from codexd import canary, codex, command, config, profile
 from codexd.config import Config, Directories
 from codexd.model import Sandbox
 from codexd.scripted import KEY
+from codexd.spool import new_id
 from tests.daemon import Daemon, until
 from tests.scripted_cases import CaseModel
 
@@ -36,7 +37,7 @@ echo mine > made-here && cat made-here
     cat files.txt | while read -r file; do cat "$file"; done
     grep -rahs 'CANAR[Y]' ROOT
 } 2> /dev/null | grep -aoE '[A-Z0-9]+-CANAR[Y]' | sort -u
-cat writes.txt | while read -r file; do
+printf '%s\n' "$1"/{task.json,evil,1/result.json,1/evil} | cat writes.txt - | while read -r file; do
     (echo evil >> "$file") 2> /dev/null && echo "wrote to $file"
 done
 (exec 3<> /dev/tcp/127.0.0.1/PORT) 2> /dev/null && echo connected
@@ -64,6 +65,9 @@ def daemon(place: Path, model: CaseModel) -> Iterator[Daemon]:
     keys = {KEY: "KEY-CANARY", "CODEX_API_KEY": "KEY2-CANARY", "TMPDIR": str(place / "tmp")}
     (place / "tmp").mkdir()
     settings = f"http: {{listen: '127.0.0.1:0', token_file: {root}/token}}\n"
+    settings += f"memory: {{paths: [MEMORY.md, {place}/notes/MEMORY.md, {place}/notes/memory]}}\n"
+    (place / "notes/memory").mkdir(parents=True)
+    (place / "notes/MEMORY.md").write_text("# Notes\n")
     one = Daemon(root, keys, f"{settings}codex: {{sandbox: danger-full-access}}\n")
     (root / "token").write_text("0123456789-TOKEN-CANARY\n")
     (root / "token").chmod(0o600)
@@ -97,6 +101,7 @@ def prepared(daemon: Daemon, model: CaseModel) -> Path:
         home / "config.toml", home / "codexd.config.toml", home / ".codexd" / "threads.lock",
         home / ".codexd" / "hides.json", home / "evil", daemon.root / "evil",
         daemon.root.parent / "evil", dirs.run / "evil",
+        daemon.root.parent / "notes/MEMORY.md", daemon.root.parent / "notes/memory/evil.md",
         *(path for path in dirs.tasks.rglob("*") if path.is_file()),
     ]  # fmt: skip
     (workdir / "writes.txt").write_text("".join(f"{path}\n" for path in targets))
@@ -110,12 +115,13 @@ def prepared(daemon: Daemon, model: CaseModel) -> Path:
 
 def looked(daemon: Daemon, model: CaseModel, name: str, more: str) -> tuple[str, bytes]:
     """What a hostile turn's command told the model, and the whole of its last request."""
-    workdir = daemon.dirs.work / "hostile"
+    workdir, id = daemon.dirs.work / "hostile", new_id()
     head = f"workdir: {workdir}\nsession: hostile\n{more}"
-    daemon.drop(
-        f"{name}.md", f"---\n{head}---\n[[shell bash look.sh 2>&1]] [[say {name} is over]]\n"
-    )
-    assert daemon.answer(name)[1] == f"{name} is over\n"
+    look = f"[[shell bash look.sh {daemon.dirs.tasks / id} 2>&1]] [[say {name} is over]]"
+    daemon.drop(f"{id}.md", f"---\n{head}---\n{look}\n")
+    answer = daemon.dirs.answers / f"{id}.md"
+    until(answer.exists, "its answer")
+    assert answer.read_text().endswith(f"---\n{name} is over\n")
     turn = model.asked(f"[[say {name} is over]]")[-1]
     assert turn.tool_outputs, "the shell did not run"
     return turn.tool_outputs[0], turn.body
@@ -136,7 +142,7 @@ def test_a_hostile_turn_finds_and_writes_nothing(daemon: Daemon, model: CaseMode
         assert "wrote to" not in told
         assert "connected" not in told
     assert (workdir / "made-here").read_text() == "mine\n"
-    threads = [daemon.answer(name)[0]["thread"] for name in ("first", "resumed")]
+    threads = [model.asked(f"[[say {name} is over]]")[0].thread_id for name in ("first", "resumed")]
     assert threads[0] == threads[1]
     told, body = looked(daemon, model, "reader", "sandbox: read-only\n")
     assert "the note\n" in told
