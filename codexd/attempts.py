@@ -28,6 +28,10 @@ from codexd.outcome import Outcome
 from codexd.policy import ANSWERED
 from codexd.waits import Waits
 
+# What Python raises for data that nobody foresaw.  One task's must not end the daemon, at
+# each start again; where a file is known to be damaged, its reader says so.
+_DATA = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
+
 Record = Callable[[list[Event]], None]
 _AGAIN = 5.0  # seconds after which what was cancelled and still works is stopped again
 
@@ -100,6 +104,13 @@ class Attempts:
     def _judged(self, task: Task) -> Finished | None:
         """What its attempt came to; None while that cannot be said, or not be written."""
         try:
+            return self._found(task)
+        except OSError as error:
+            self.refused(error, task=task.id, session=task.session)
+            return None
+
+    def _found(self, task: Task) -> Finished | None:
+        try:
             if why := self.launcher.refusal(task.id):
                 self.error("worker.refused", task=task.id, session=task.session, why=why)
                 return self.finish.judge(task, refused=why)
@@ -110,9 +121,10 @@ class Attempts:
             found = self.finish.judge(task, ended, beside=beside, outage=out)
             self.keeper.heard(task, found.outcome, found.turned)
             return found
-        except OSError as error:
-            self.refused(error, task=task.id, session=task.session)
-            return None
+        except OSError:
+            raise
+        except _DATA as fault:
+            return self.finish.unjudged(task, fault)
 
     def _is_ending(self, task: Task) -> bool:
         """Whether its worker was stopped by somebody, and its unit is not gone yet."""
@@ -181,7 +193,15 @@ class Attempts:
     def _ordered(self, task: Task) -> Event | None:
         """The event that begins its attempt; None while a file of its own is in the way."""
         try:
-            return self.orders.order(task)
+            return self._begun(task)
         except OSError as error:
             self.refused(error, task=task.id, session=task.session)
             return None
+
+    def _begun(self, task: Task) -> Event:
+        try:
+            return self.orders.order(task)
+        except OSError:
+            raise
+        except _DATA as fault:
+            return self.finish.senseless(task, fault)

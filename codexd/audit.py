@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 from zlib import crc32
 
-from codexd import lock, place, rotate
+from codexd import durable, lock, place, rotate
 from codexd.directories import Directories
-from codexd.ledger import FORMAT, SEALED, Book, LedgerBroken, parse
+from codexd.ledger import FORMAT, LONGEST, SEALED, Book, LedgerBroken, parse
 from codexd.model import Event, IllegalEvent, Kind, Note, State, is_id
 from codexd.view import View
 
 _ENDS = frozenset({Kind.DONE, Kind.FAILED, Kind.CANCELLED})
+_HEAD = 64  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +59,11 @@ def files(dirs: Directories) -> Iterator[BinaryIO]:
 
     The newest is opened first: if it is laid aside meanwhile, it is still the last.
     """
-    with open(dirs.ledger, "rb") as newest:
+    with open(dirs.ledger, "rb", opener=_opened) as newest:
         now = os.fstat(newest.fileno())
         for path in rotate.kept(dirs.ledger):
             try:
-                with open(path, "rb") as file:
+                with open(path, "rb", opener=_opened) as file:
                     if os.path.samestat(os.fstat(file.fileno()), now):
                         break
                     yield file
@@ -71,19 +72,23 @@ def files(dirs: Directories) -> Iterator[BinaryIO]:
         yield newest
 
 
+def _opened(path: str, flags: int) -> int:
+    return durable.opened(path, flags, follow=True)
+
+
 # --- line by line -----------------------------------------------------------------------
 
 
 def check(file: BinaryIO, checked: Checked, written: bool) -> Iterator[Problem]:
     """What is wrong with a file; `written`: a daemon may be about to end its last line."""
-    for here, line in _lines(file):
+    for here, end, line in _lines(file):
         if not line.endswith(b"\n"):
             if not written:
-                text = f"{len(line)} bytes without an end; the next start cuts them off"
+                text = f"{end - here} bytes without an end; the next start cuts them off"
                 yield Problem(checked.file, checked.lines + 1, here, "torn", text)
             return
         checked.lines += 1
-        checked.bytes = here + len(line)
+        checked.bytes = end
         kind, text = _judged(line, checked)
         if kind:
             yield Problem(checked.file, checked.lines, here, kind, text)
@@ -91,11 +96,17 @@ def check(file: BinaryIO, checked: Checked, written: bool) -> Iterator[Problem]:
             return
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    here = 0
-    for line in file:
-        yield here, line
-        here += len(line)
+def _lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+    """Where each begins and ends, and its bytes; of one that is too long the first and the last."""
+    end = 0
+    while line := file.readline(LONGEST):
+        here, end = end, end + len(line)
+        cut = len(line) == LONGEST
+        while cut and not line.endswith(b"\n"):
+            end = file.seek(durable.past_hole(file.fileno(), end))
+            more = file.readline(LONGEST)
+            line, end, cut = line[:_HEAD] + more[-1:], end + len(more), bool(more)
+        yield here, end, line
 
 
 def _judged(line: bytes, checked: Checked) -> tuple[str, str]:
@@ -188,7 +199,7 @@ def events(files: Iterable[BinaryIO], damaged: Callable[[str], None]) -> Iterato
     before = ""
     for file in files:
         skip = 0
-        for here, line in _lines(file):
+        for here, _, line in _lines(file):
             if not line.endswith(b"\n") or line.startswith(b"#"):
                 continue  # being written, or the format
             if skip:

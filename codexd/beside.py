@@ -56,8 +56,7 @@ class Beside:
         here = place.attempt(self.dirs, task.id, task.launches)
         try:
             orders = durable.read_json(here / "attempt.json")
-            with open(here / "events.jsonl", "rb") as events:
-                said = events.read(_LOOK)
+            said = durable.head(here / "events.jsonl", _LOOK)
         except (FileNotFoundError, ValueError):
             return False  # it did not come so far, or it will be said to be damaged
         return not str(orders.get("sandbox")).endswith("read-only") and bool(_WRITES.search(said))
@@ -68,7 +67,9 @@ class Beside:
         if not path.exists():
             whose = f" of session {_cut(other.session)}" if other.session else ""
             text = f"task {other.id}{whose} worked in {_cut(str(other.workdir))} at the same time"
-            durable.write(path, f"{text}; both may have changed files there".encode())
+            durable.write(
+                path, f"{text}; both may have changed files there".encode("utf-8", "replace")
+            )
             self.told("workdir.shared", task=task.id, session=task.session, with_task=other.id)
 
 

@@ -33,6 +33,8 @@ _ID = slice(26, 52)  # after the "- " of a task's line
 _KIND = 56
 _ENDS = frozenset(b"dfc")  # done, failed, cancelled: no other kind begins so
 _CHUNK = 64 << 10
+LONGEST = 4 << 20  # bytes of a line; ours have less than 200 kB
+_TOO_LONG = b"a line that is too long\n"
 # Most notes of a long history are of events that were told long ago.
 _TOLD = re.compile(rb"\* \S{24} \*\*(owed|told|deferred|untold)\*\* `event=\"([a-z0-9.-]{1,40})\"")
 DELIVERIES = frozenset({Note.OWED, Note.TOLD, Note.DEFERRED, Note.UNTOLD})
@@ -205,29 +207,44 @@ def _of_tasks(chunk: bytes) -> list[bytes]:
     return lines
 
 
-def _chunks(fd: int, at: int) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of runs of whole lines; a torn last line is left out.
+def _chunks(fd: int, at: int) -> Iterator[tuple[int, bytes, int]]:
+    """Offset, bytes and end of runs of whole lines; a torn last line is left out.
 
     The part of a line that a read ends with is read again: that is cheaper than
-    to copy every block once more.
+    to copy every block once more.  For a line that no memory should hold, a damaged
+    one of a few words stands.
     """
     size = _CHUNK
     while data := os.pread(fd, size, at):
         if cut := data.rfind(b"\n") + 1:
-            yield at, data[:cut]
+            yield at, data[:cut], at + cut
             at, size = at + cut, _CHUNK
         elif len(data) < size:
             return
-        else:
+        elif size < LONGEST:
             size *= 2
+        elif end := _end_of_line(fd, at + size):
+            yield at, _TOO_LONG, end
+            at, size = end, _CHUNK
+        else:
+            return
+
+
+def _end_of_line(fd: int, at: int) -> int:
+    """Where the next line begins; 0 if the file ends before.  Holes are passed over."""
+    while data := os.pread(fd, _CHUNK, at):
+        if cut := data.find(b"\n") + 1:
+            return at + cut
+        at = durable.past_hole(fd, at + len(data))
+    return 0
 
 
 def catch_up(book: Book, fd: int) -> None:
     """Add every whole line of the ledger after `book.offset`."""
     survey, at = _Survey(book), book.offset
-    for here, chunk in _chunks(fd, at):
+    for here, chunk, end in _chunks(fd, at):
         survey.look(chunk, here)
-        at = here + len(chunk)
+        at = end
     book.recent.extend(id.decode() for id in survey.ended)
     for line, here in (one for lines in survey.owed.values() for one in lines):
         book.feed(line, here)
@@ -242,7 +259,7 @@ def catch_up(book: Book, fd: int) -> None:
 
 def _revive(book: Book, fd: int, born: Mapping[bytes, int], end: int) -> None:
     """Add up the lines of the tasks that are alive at `end`."""
-    for here, chunk in _chunks(fd, min(born.values())):
+    for here, chunk, _ in _chunks(fd, min(born.values())):
         for line in _lines(chunk):
             if here >= end:
                 return  # written meanwhile: it is looked at in the next refresh
@@ -274,7 +291,7 @@ def from_checkpoint(path: Path, ledger: int) -> Book | None:
         for event in map(_verdict, _records(data.get("verdicts", []))):
             book.act(event)
         return book
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -9,6 +9,8 @@ Lean: the worker uses it.
 
 from __future__ import annotations
 
+from codexd import sane
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -98,18 +100,19 @@ def _io(files: Mapping[str, str]) -> dict[str, float | None]:
 
 
 def _total(numbers: Iterable[str]) -> int:
-    return sum(int(number) for number in numbers if number.isdigit())
+    return sum(filter(None, map(sane.count, numbers)))
 
 
 def _number(files: Mapping[str, str], *names: str) -> int | None:
     for name in names:
-        text = files.get(name, "").strip()
-        if text.isdigit():
-            return int(text)
+        found = sane.count(files.get(name, "").strip())
+        if found is not None:
+            return found
     return None
 
 
 def _pairs(text: str) -> dict[str, int]:
     """`name number` lines."""
     lines = [line.split() for line in text.split("\n")]
-    return {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdigit()}
+    pairs = {line[0]: sane.count(line[1]) for line in lines if len(line) == 2}
+    return {name: number for name, number in pairs.items() if number is not None}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 
+from codexd import durable
 from codexd.command import argv, environment, is_thread_id
 from codexd.events import Reader
 from codexd.quota import retry_at
@@ -181,6 +182,14 @@ def version(
 
 
 # --- its configuration ---------------------------------------------------------
+
+
+def configuration(home: str | os.PathLike[str]) -> str:
+    """The text of config.toml in CODEX_HOME.  Raises OSError, ValueError."""
+    try:
+        return durable.read(os.path.join(home, "config.toml"), 1 << 20, follow=True).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start}: not UTF-8") from error
 
 
 def env_keys(config_toml_text: str) -> list[str]:

@@ -63,7 +63,7 @@ def login(host: Host) -> Findings:
     """Whether Codex has a login, or a key where workers get it from."""
     home = host.config.codex.home
     try:
-        wanted = codex.env_keys((home / "config.toml").read_text("utf-8"))
+        wanted = codex.env_keys(codex.configuration(home))
     except FileNotFoundError:
         wanted = []
     except ValueError as error:

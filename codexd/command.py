@@ -145,10 +145,12 @@ def is_unguided(workdir: str, home: str) -> bool:
     takes longer than all the rest that Codex does.
     """
     try:
-        with open(os.path.join(home, "config.toml"), "rb") as file:
+        # What is no file there is for Codex to complain of; not to be waited for.
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(os.path.join(home, "config.toml"), flags), "rb") as file:
             if b"project_doc_fallback_filenames" in file.read(1 << 20):
                 return False  # they may have other names
-    except FileNotFoundError:
+    except OSError:
         pass  # the usual names, then
     place, above = workdir, os.path.dirname(workdir)
     while not any(os.path.lexists(os.path.join(place, name)) for name in _GUIDES):

@@ -21,7 +21,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from codexd import document
+from codexd import document, durable
 from codexd.delivery import Occasion
 from codexd.directories import ConfigError as ConfigError
 from codexd.directories import Directories as Directories
@@ -227,7 +227,7 @@ def load(dirs: Directories, *, explicit: bool) -> Config:
 
 def _text(file: Path, explicit: bool) -> str:
     try:
-        with open(file, "rb") as one:
+        with open(durable.opened(file, follow=True), "rb") as one:
             data = one.read(_SIZE + 1)
         if len(data) > _SIZE:
             raise DocumentError(f"larger than {_SIZE} bytes")

@@ -5,19 +5,71 @@ fsync, rename, fsync the directory.  A reader never sees half of it.  A name
 `.NAME.PID.tmp` is debris of a writer that died; each directory is swept by the
 process that alone writes there, or of what is old.
 
+Files are opened in one way as well: never waiting, and regular ones only.  Anything
+may lie in the place of a file: a FIFO without a writer, a device without an end.
+
 May fail with OSError (full disk, lost permission); then the old file stands.
 Lean: the worker uses it.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
 
+from codexd import sane
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+
+class NotAFile(OSError, ValueError):
+    """Something else lies in the place of a file of ours.
+
+    For who writes there it is the host that refuses, for who reads it is damage.
+    """
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+def opened(
+    path: str | os.PathLike[str],
+    flags: int = os.O_RDONLY,
+    mode: int = 0o640,
+    *,
+    follow: bool = False,
+) -> int:
+    """A descriptor of a regular file; `follow`: a link to one will do.
+
+    Raises NotAFile, other OSErrors.
+    """
+    more = os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        fd = os.open(path, flags | more, mode)
+    except OSError as error:
+        if error.errno not in _OTHERS:
+            raise
+        number, what = _OTHERS[error.errno]
+    else:
+        kind = os.fstat(fd).st_mode
+        if stat.S_ISREG(kind):
+            return fd
+        os.close(fd)
+        number, what = _OTHERS[errno.EISDIR if stat.S_ISDIR(kind) else errno.ENXIO]
+    raise NotAFile(number, what, os.fspath(path))
+
+
+_OTHERS = {
+    errno.ELOOP: (errno.EEXIST, "a symbolic link"),
+    errno.ENXIO: (errno.EEXIST, "not a regular file"),  # a socket, or a FIFO that nobody reads
+    errno.EISDIR: (errno.EISDIR, "Is a directory"),
+    errno.ENOTDIR: (errno.ENOTDIR, "Not a directory"),  # where it should lie
+}
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:
@@ -70,24 +122,31 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, object]) -> Non
     write(path, text.encode("utf-8", "surrogatepass") + b"\n")
 
 
-def read(path: str | os.PathLike[str], limit: int) -> bytes:
-    """The whole file, never following a link.
+def read(path: str | os.PathLike[str], limit: int, *, follow: bool = False) -> bytes:
+    """The whole file, following a link only if told to.
 
     Raises OSError; ValueError when it is larger than `limit` bytes or not a
     regular file.
     """
-    return b"".join(pieces(path, limit))
+    return b"".join(pieces(path, limit, follow=follow))
 
 
-def pieces(path: str | os.PathLike[str], limit: int) -> Iterator[bytes]:
-    """As `read`, a megabyte at a time."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+def head(path: str | os.PathLike[str], most: int) -> bytes:
+    """As `read`, of a file of any size the first `most` bytes."""
+    fd = opened(path)
     try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{os.fspath(path)}: not a regular file")
-        if found.st_size > limit:
-            raise ValueError(f"{os.fspath(path)}: {found.st_size} bytes, more than {limit}")
+        return os.read(fd, most)
+    finally:
+        os.close(fd)
+
+
+def pieces(path: str | os.PathLike[str], limit: int, *, follow: bool = False) -> Iterator[bytes]:
+    """As `read`, a megabyte at a time."""
+    fd = opened(path, follow=follow)
+    try:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise ValueError(f"{os.fspath(path)}: {size} bytes, more than {limit}")
         while part := os.read(fd, 1 << 20):
             limit -= len(part)
             if limit < 0:
@@ -95,6 +154,17 @@ def pieces(path: str | os.PathLike[str], limit: int) -> Iterator[bytes]:
             yield part
     finally:
         os.close(fd)
+
+
+def past_hole(fd: int, at: int) -> int:
+    """Where there is data again at or after `at`: a sparse file may be of any size."""
+    here = os.lseek(fd, 0, os.SEEK_CUR)
+    try:
+        return os.lseek(fd, at, os.SEEK_DATA)
+    except OSError:
+        return os.fstat(fd).st_size  # there is none
+    finally:
+        os.lseek(fd, here, os.SEEK_SET)  # whoever reads on has not moved
 
 
 class _Plain:
@@ -135,9 +205,19 @@ def read_json(path: str | os.PathLike[str], limit: int = 64 << 20) -> dict[str, 
         raise ValueError(f"{os.fspath(path)}: not JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{os.fspath(path)}: nested too deeply") from error
+    # Most files have so few levels that they need not be counted.
+    if data.count(b"[") + data.count(b"{") > sane.DEEPEST and not sane.is_shallow(value):
+        raise ValueError(f"{os.fspath(path)}: nested too deeply")
     if not isinstance(value, dict):
         raise ValueError(f"{os.fspath(path)}: not a JSON object")
     return value
+
+
+def set_aside(path: Path) -> Path:
+    """Move what is damaged out of the way; where it is now.  The one before it goes."""
+    kept = path.with_suffix(".damaged")
+    os.replace(path, kept)
+    return kept
 
 
 def sweep(directory: str | os.PathLike[str]) -> None:

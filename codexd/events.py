@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 
+from codexd import sane
 from codexd.command import is_thread_id
 
 TYPE_CHECKING = False
@@ -215,8 +216,7 @@ class Reader:
 
     def _count(self, usage: object) -> None:
         if isinstance(usage, dict):
-            # bool is an int to isinstance; a count is neither true nor negative.
-            counts = {k: v for k, v in usage.items() if type(v) is int and v >= 0}
+            counts = {k: v for k, v in usage.items() if sane.is_count(v)}
             self.usage = dict(list(counts.items())[:20])
 
     def _item(self, kind: str, item: object) -> None:

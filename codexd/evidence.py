@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from codexd import cgroup, codex, durable, exits, place
+from codexd import cgroup, codex, durable, exits, place, sane
 from codexd.config import Config
 from codexd.exits import Ended
 from codexd.model import USAGE_KEYS, Task
@@ -75,10 +75,9 @@ class Evidence:
         reader = codex.Reader()
         path = place.attempt(self.dirs, task.id, task.launches) / "events.jsonl"
         try:
-            with open(path, "rb") as events:
-                reader.feed(events.read(_BEGINNING))
-        except FileNotFoundError:
-            return False  # Codex is starting
+            reader.feed(durable.head(path, _BEGINNING))
+        except (FileNotFoundError, ValueError):
+            return False  # Codex is starting, or it will be said to be damaged
         return reader.items_seen > 0
 
     def _left(self, task: Task) -> Result:
@@ -116,7 +115,7 @@ class Evidence:
         thread = reader.thread or task.thread
         told, model = codex.spent(str(self.config.codex.home), thread) if thread else ({}, None)
         # Both are totals of the thread; after the last completed turn the rollout has more.
-        usage = _numbers(max(reader.usage, told, key=codex.tokens), USAGE_KEYS)
+        usage = _counts(max(reader.usage, told, key=codex.tokens))
         whole = reader.completed and reader.message and (not task.thread or task.thread == thread)
         if whole and not self._has_check(task):
             text = "the turn was complete when its worker was killed"
@@ -154,16 +153,25 @@ def _checked(found: Mapping[str, object], task: Task) -> Result:
         turned=bool(found.get("turn_started")),
         gate=found.get("gate") is True,
         ended=found.get("stop_reason") != "interrupted" or outcome is Outcome.DONE,
-        usage=_numbers(usage, USAGE_KEYS),
+        usage=_counts(usage),
         model=model if isinstance(model, str) else None,
-        cost=_numbers(cost, cgroup.COST),
-        rounds=tuple(one for one in rounds if isinstance(one, dict)),
-        verified=verified if isinstance(verified, int) else None,
+        cost=_cost(cost),
+        rounds=tuple(_round(one) for one in rounds if isinstance(one, dict)),
+        verified=verified if isinstance(verified, int) and sane.is_number(verified) else None,
         notes=str(found.get("memory_note") or ""),
     )
 
 
-def _numbers(value: object, keys: tuple[str, ...]) -> dict[str, int]:
-    if not isinstance(value, dict):
-        return {}
-    return {k: value[k] for k in keys if isinstance(value.get(k), (int, float))}
+def _counts(value: object) -> dict[str, int]:
+    found = value if isinstance(value, dict) else {}
+    return {k: found[k] for k in USAGE_KEYS if sane.is_count(found.get(k))}
+
+
+def _cost(value: object) -> dict[str, float]:
+    found = value if isinstance(value, dict) else {}
+    return {k: found[k] for k in cgroup.COST if sane.is_amount(found.get(k))}
+
+
+def _round(found: Mapping[str, object]) -> dict[str, object]:
+    """Texts and a status, for the transcript."""
+    return {k: v for k, v in found.items() if isinstance(v, str) or sane.is_number(v)}

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from codexd import cgroup, durable
+from codexd import cgroup, durable, sane
 from codexd.outcome import Outcome
 
+DAMAGED = "damaged"  # for `result`: something else than a record lies there
 _MOST = 1 << 20  # bytes
 
 
@@ -38,13 +39,13 @@ class Ended:
 
 
 def read(path: Path) -> Ended | None:
-    """The record, or None if there is none.  Raises OSError."""
+    """The record, or None if there is none; one of `DAMAGED` tells nothing.  Raises OSError."""
     try:
         text = durable.read(path, _MOST).decode("utf-8", "replace")
     except FileNotFoundError:
         return None
-    except ValueError as damage:
-        raise OSError(str(damage)) from damage
+    except ValueError:
+        return Ended(DAMAGED)
     head, *sections = text.split("\n[")
     facts = dict(line.partition("=")[::2] for line in head.splitlines())
     files = dict(section.split("]\n", 1) for section in sections if "]\n" in section)
@@ -83,6 +84,8 @@ def outcome(ended: Ended, boot: str) -> tuple[Outcome, str]:
     A unit that was stopped without anything wrong was stopped by hand, unless the
     whole host was stopping.
     """
+    if ended.result == DAMAGED:
+        return Outcome.INTERRUPTED, "its worker ended, and the record of how is damaged"
     if ended.boot != boot:
         return Outcome.INTERRUPTED, "the host was restarted in the middle of the turn"
     if ended.stopping:
@@ -121,7 +124,7 @@ def _failed(ended: Ended) -> str:
         why = "journalctl -u 'codexd-worker@*' tells why"
         return f"its unit could not be set up, or ended before its worker began; {why}"
     told = "journalctl -u 'codexd-worker@*' tells more"
-    if ended.result == "exit-code" and ended.status.isdigit() and 200 <= int(ended.status) < 250:
+    if ended.result == "exit-code" and 200 <= (sane.count(ended.status) or 0) < 250:
         # systemd's own: what it could not set up, before the worker was there.
         return f"its unit could not be set up (status {ended.status}, systemd.exec(5)); {told}"
     return f"its worker failed ({ended.result}, status {ended.status or 'unknown'}); {told}"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from zlib import crc32
 
-from codexd import clock, codex, place, policy, session, transcript
+from codexd import clock, codex, durable, place, policy, session, transcript
 from codexd.config import Config
 from codexd.evidence import Evidence, Result
 from codexd.exits import Ended
@@ -92,6 +92,20 @@ class Finish:
             step.delay, task.profile, self._ended_at(task) if close else None,
         )  # fmt: skip
 
+    def senseless(self, task: Task, why: Exception) -> Event:
+        """The end of a task whose records nobody can make sense of; they are kept."""
+        text = f"its records cannot be understood, and are kept: {type(why).__name__}: {why}"
+        facts = {"outcome": Outcome.UNKNOWN.value, "message": text[:2000]}
+        return self.end(task, Kind.FAILED, facts)
+
+    def unjudged(self, task: Task, why: Exception) -> Finished:
+        """The same of one that has run."""
+        event = self.senseless(task, why)
+        return Finished(
+            event, Outcome.UNKNOWN, str(event.facts["message"]), close=False, ran=True,
+            turned=True, delay=0.0, profile=task.profile, at=None,
+        )  # fmt: skip
+
     def _step(self, task: Task, found: Result, outage: bool) -> policy.Step:
         """What follows."""
         retry = self.config.retry
@@ -160,16 +174,22 @@ class Finish:
         if known.applied == attempt:
             return known.used
         now = clock.now()
-        length = transcript.append(
-            self.dirs.transcripts / f"{session.stem(name)}.jsonl",
-            known.transcript if known.applied else None,
-            self._said(task, found, now),
-        )
+        length = self._write(known, self._said(task, found, now))
         after = session.add(known, attempt, found.thread, found.usage or {}, now)
         ended = step.kind in (Kind.DONE, Kind.FAILED, Kind.CANCELLED)
         after = replace(after, transcript=length, tasks=after.tasks + ended)
         session.save(self.dirs.sessions, session.forget(after, now) if step.fresh else after)
         return after.used
+
+    def _write(self, known: session.Session, said: list[dict[str, object]]) -> int:
+        """Add to the transcript; its new length.  What is no file there is kept aside."""
+        path = self.dirs.transcripts / f"{session.stem(known.name)}.jsonl"
+        try:
+            return transcript.append(path, known.transcript if known.applied else None, said)
+        except durable.NotAFile as damage:
+            kept, then = durable.set_aside(path), "it begins a new one"
+            self.told("transcript.damaged", session=known.name, why=damage, kept=kept, then=then)
+            return transcript.append(path, None, said)
 
     def session(self, name: str) -> session.Session:
         """The session as its file tells it; a damaged file is kept aside."""
@@ -199,12 +219,13 @@ class Finish:
         failed = {"outcome": found.outcome.value, "error": found.message}
         return [*lines, {**said, "text": found.answer or "", **failed}]
 
-    def _prompt(self, task: Task) -> object:
+    def _prompt(self, task: Task) -> str | None:
         try:
             request = place.load(self.dirs, task.id).get("request")
         except (FileNotFoundError, ValueError):
             return None  # damaged meanwhile: the turn was run all the same
-        return request.get("prompt") if isinstance(request, dict) else None
+        text = request.get("prompt") if isinstance(request, dict) else None
+        return text if isinstance(text, str) else None
 
     def conclude(self, task: Task, answer: str | None) -> None:
         """The answer's file and the last word of a task that has ended."""

@@ -312,7 +312,7 @@ class Keeper:
         self._login = login
         self._probe_at.clear()
         try:
-            self.env_keys = codex.env_keys((home / "config.toml").read_text("utf-8"))
+            self.env_keys = codex.env_keys(codex.configuration(home))
         except FileNotFoundError:
             self.env_keys = []
         except (OSError, ValueError) as problem:

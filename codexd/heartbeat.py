@@ -26,7 +26,12 @@ def write(path: Path, told: Mapping[str, object]) -> None:
     beat = {"beat": clock.steady()}
     texts = (json.dumps({**_shortened(told, most), **beat}).encode() for most in _LONGEST)
     data = next(text for text in texts if len(text) <= SIZE).ljust(SIZE)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    flags = os.O_WRONLY | os.O_CREAT
+    try:
+        fd = durable.opened(path, flags)
+    except durable.NotAFile:
+        durable.set_aside(path)
+        fd = durable.opened(path, flags)
     try:
         os.pwrite(fd, data, 0)
         os.ftruncate(fd, SIZE)  # should somebody have made it longer

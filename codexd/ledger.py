@@ -21,12 +21,22 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from codexd import durable, rotate
-from codexd.book import ENDING, Book, LedgerBroken, catch_up, from_checkpoint, stands, to_checkpoint
+from codexd.book import (
+    ENDING,
+    LONGEST,
+    Book,
+    LedgerBroken,
+    catch_up,
+    from_checkpoint,
+    stands,
+    to_checkpoint,
+)
 from codexd.line import FORMAT, HEAD, SEALED, parse, render, seal
 from codexd.model import Event, Kind, Task, apply
 
 __all__ = [
     "FORMAT",
+    "LONGEST",
     "SEALED",
     "Book",
     "Follower",
@@ -70,7 +80,7 @@ class Follower:
             self.close()
         if self._fd < 0:
             try:
-                self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                self._fd = durable.opened(self.path, follow=True)
             except FileNotFoundError:
                 self.book = Book()
                 return
@@ -109,7 +119,7 @@ class Ledger:
         self.laid_aside: list[Path] = []  # by rotations that nobody was told of yet
         self._least = 0  # bytes that the file began with
         self.owing: Owing = lambda _events, _gate: []
-        self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        self._fd = durable.opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, follow=True)
         reader = Follower(path, checkpoint)
         reader.refresh()
         reader.close()

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator
 from zlib import crc32
 
-from codexd import clock
+from codexd import clock, sane
 from codexd.model import Event, Kind, Note
 
 FORMAT = 1
@@ -116,7 +116,12 @@ def parse(line: bytes) -> Event:
 def _facts(text: str) -> Iterator[tuple[str, object]]:
     decoder, at = json.JSONDecoder(), 0
     while found := _FACT.match(text, at):
-        value, at = decoder.raw_decode(text, found.end())
+        try:
+            value, at = decoder.raw_decode(text, found.end())
+        except RecursionError as error:
+            raise ValueError(f"{found[1]}: nested too deeply") from error
+        if not sane.is_shallow(value):
+            raise ValueError(f"{found[1]}: nested too deeply")
         yield found[1], value
         at += 1  # the blank between two facts
     if at < len(text):

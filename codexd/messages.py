@@ -56,6 +56,7 @@ IDS: dict[str, str] = {
     "task.stopping": "a0bb062a8ac444df8215a333c650d100",
     "task.unknown": "13f3e50062f34948b92a9be3af59ec38",
     "task.waiting": "5fb2ec73f37d4f77878839bc461acc30",
+    "transcript.damaged": "c2d0f7c58f5b4c7d9a3e1f64b07a9d18",
     "usage.damaged": "f51b758c5b894421a1372666d2782a36",
     "workdir.shared": "6853f352df49483cbc0ffbd2a6d16038",
     "worker.refused": "0adef037c8a54808b4f4cbce0f138f86",

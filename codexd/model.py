@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 
 from codexd.outcome import Outcome
+from codexd.sane import misfit
 
 # One pattern for file names, routes, unit instances and the polkit rule.
 ID_PATTERN = r"[0-9]{8}t[0-9]{6}-[0-9a-z]{10}"
@@ -141,9 +142,14 @@ class Request:
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Request:
-        """Read back what `to_json` wrote; unknown keys of a newer version are dropped."""
+        """Read back what `to_json` wrote; unknown keys of a newer version are dropped.
+
+        Raises ValueError, TypeError.
+        """
         known = {f.name for f in fields(cls)}
         values: dict[str, object] = {k: v for k, v in data.items() if k in known}
+        if wrong := misfit(values, _ASKED, texts=True):
+            raise ValueError(wrong)
         for name in ("images", "add_dirs", "after"):
             found = values.get(name)
             values[name] = tuple(found) if isinstance(found, (list, tuple)) else ()
@@ -155,6 +161,16 @@ class Request:
         values["resume"] = Resume(str(values.get("resume", "auto")))
         return cls(**values)  # type: ignore[arg-type]
 
+
+_ASKED: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("prompt", "session", "workdir", "model", "profile", "sandbox"), str),
+    **dict.fromkeys(("resume", "not_before", "key", "title", "output_schema"), str),
+    **dict.fromkeys(("timeout", "idle_timeout"), (int, float)),
+    **dict.fromkeys(("priority", "attempts"), int),
+    **dict.fromkeys(("images", "add_dirs", "after"), (list, tuple)),
+    **dict.fromkeys(("verify", "limits"), Mapping),
+    "memory": bool,
+}
 
 USAGE_KEYS = (
     "input_tokens",
@@ -249,17 +265,8 @@ def check(facts: Mapping[str, object]) -> None:
 
     Whatever wrote it, the table of tasks must hold nothing that its readers stumble over.
     """
-    for name, value in facts.items():
-        if name in FACTS and value is not None and not _fits(name, value):
-            raise IllegalEvent(f"{name}: {type(value).__name__} is no type for it")
-
-
-def _fits(name: str, value: object) -> bool:
-    if not isinstance(value, FACTS[name]):
-        return False
-    if isinstance(value, Mapping):
-        return all(n is None or isinstance(n, (int, float)) for n in value.values())
-    return not isinstance(value, (list, tuple)) or all(isinstance(item, str) for item in value)
+    if wrong := misfit(facts, FACTS):
+        raise IllegalEvent(wrong)
 
 
 def apply(task: Task | None, event: Event) -> Task:

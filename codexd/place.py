@@ -50,7 +50,9 @@ def begin_attempt(dirs: Directories, id: str, number: int, orders: dict[str, obj
     """
     place = attempt(dirs, id, number)
     place.mkdir(mode=_MODE, exist_ok=True)
-    (place / "attempt.json").write_text(json.dumps(orders, indent=1), "utf-8")
+    fd = durable.opened(place / "attempt.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    with open(fd, "w", encoding="utf-8") as file:
+        json.dump(orders, file, indent=1)
     durable.sync_directory(place.parent)
 
 
@@ -104,7 +106,8 @@ def result(dirs: Directories, id: str, number: int) -> dict[str, object] | None:
 
 def answer_name(id: str, file: str | None) -> str:
     """The answer's file name, from the id and the dropped name."""
-    stem = _STEM.sub("_", os.fsencode(os.path.splitext(file or "")[0]).decode("latin-1"))
+    name = os.path.splitext(file or "")[0].encode("utf-8", "replace")
+    stem = _STEM.sub("_", name.decode("latin-1"))
     return f"{id}.md" if not stem or stem == id else f"{stem[:100]}.{id}.md"
 
 

@@ -59,7 +59,8 @@ def summary(records: list[dict[str, object]], chars: int) -> str:
     said: list[str] = []
     left = chars
     for record in reversed(records):
-        text = str(record.get("text") or "").strip()
+        found = record.get("text")
+        text = found.strip() if isinstance(found, str) else ""
         if not text:
             continue
         entry = f"{record.get('role')}:\n{_quoted(text)}\n"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from codexd import place
+from codexd import durable, place
 from codexd.codex import Reader
 from codexd.config import Directories
 from codexd.program import clean
@@ -137,10 +137,10 @@ def _events(dirs: Directories, id: str) -> str | None:
 
 def _feed(reader: Reader, path: str, offset: int) -> int:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=durable.opened) as file:
             file.seek(offset)
             data = file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, durable.NotAFile):
         return offset  # Codex has not begun, or the task has just ended
     reader.feed(data)
     return offset + len(data)

@@ -19,6 +19,7 @@ import os
 import re
 import time
 
+from codexd import sane
 from codexd.events import THREAD_PATTERN, as_text
 
 TYPE_CHECKING = False
@@ -173,8 +174,7 @@ def _told(line: bytes, usage: dict[str, int], model: str) -> tuple[dict[str, int
         info = payload.get("info")
         total = info.get("total_token_usage") if isinstance(info, dict) else None
         if isinstance(total, dict):
-            # bool is an int to isinstance; a count is neither true nor negative.
-            usage = {k: v for k, v in total.items() if type(v) is int and v >= 0}
+            usage = {k: v for k, v in total.items() if sane.is_count(v)}
     return usage, model
 
 

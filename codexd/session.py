@@ -11,7 +11,6 @@ with it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 
-from codexd import durable
+from codexd import durable, sane
 from codexd.model import USAGE_KEYS
 
 _LIMIT = 1 << 20
@@ -69,10 +68,6 @@ def load(directory: Path, name: str) -> Session:
         data = durable.read_json(directory / f"{stem(name)}.json", _LIMIT)
     except FileNotFoundError:
         return Session(name)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise ValueError(f"session {name}: its file is a symbolic link") from error
-        raise
     return _checked(name, data)
 
 
@@ -85,13 +80,13 @@ def _checked(name: str, data: Mapping[str, object]) -> Session:
 
     def number(key: str) -> int:
         value = data.get(key, 0)
-        if not isinstance(value, int) or value < 0:
+        if not (isinstance(value, int) and sane.is_total(value)):
             raise ValueError(f"session {name}: {key} is not a count")
         return value
 
     def totals(key: str) -> dict[str, int]:
         value = data.get(key) or {}
-        if not isinstance(value, dict) or not all(isinstance(v, int) for v in value.values()):
+        if not isinstance(value, dict) or not all(map(sane.is_total, value.values())):
             raise ValueError(f"session {name}: {key} is not a table of counts")
         return value
 
@@ -111,10 +106,7 @@ def save(directory: Path, session: Session) -> None:
 
 def set_aside(directory: Path, name: str) -> Path:
     """Move a damaged file out of the way; where it is now."""
-    path = directory / f"{stem(name)}.json"
-    target = path.with_suffix(".damaged")
-    os.replace(path, target)
-    return target
+    return durable.set_aside(directory / f"{stem(name)}.json")
 
 
 def forget(session: Session, now: str, runs: str | None = None) -> Session:

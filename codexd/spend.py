@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from codexd import codex, durable
+from codexd import codex, durable, sane
 from codexd.model import USAGE_KEYS
 
 Counts = dict[str, int]
@@ -114,7 +114,7 @@ def _table(path: Path, value: object) -> dict[str, Counts]:
 
 
 def _counts(path: Path, value: object) -> Counts:
-    if not isinstance(value, dict) or not all(type(n) is int for n in value.values()):
+    if not isinstance(value, dict) or not all(map(sane.is_total, value.values())):
         raise ValueError(f"{path}: something else than counts in it")
     return {k: value[k] for k in COUNTED if k in value}
 
@@ -148,9 +148,7 @@ class Spend:
         try:
             return load(self.directory, day)
         except ValueError as damage:
-            path = path_of(self.directory, day)
-            kept = path.with_suffix(".damaged")
-            os.replace(path, kept)
+            kept = durable.set_aside(path_of(self.directory, day))
             self.told("usage.damaged", why=damage, kept=kept, then="the day begins at zero")
             return Day(day)
 

@@ -8,10 +8,14 @@ An append first cuts the file to the length its session remembers: lines of an
 append whose session file was never written are thus replaced, not doubled, and
 a torn tail goes with them.  Where no session remembers (its first attempt, or a
 damaged file), the lines of this very attempt are looked for.
+
+Raises OSError; durable.NotAFile where something else than a transcript lies in its place,
+which the writer sets aside.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -25,20 +29,25 @@ from codexd.events import THREAD_PATTERN
 _FIRST = re.compile(rb'\{"ts": "([0-9T:.Z-]+)"')
 # A quote within a text is escaped in JSON, so no text can pretend to be one.
 _THREAD = re.compile(rf'"thread": "({THREAD_PATTERN})"'.encode())
+# How a line begins that we wrote: no text comes before it.
+_WHOSE = re.compile(rb'\{(?:"ts": (?:"[^"]*"|null), )?"task": ("[^"]*"), "attempt": ([0-9]{1,9})')
+_MOST = 1 << 30  # bytes looked through for the lines of an attempt
 _TAIL = 256 << 10  # bytes read back for a summary
 
 
 def append(path: Path, length: int | None, records: Sequence[Mapping[str, object]]) -> int:
     """Add the records of one attempt after the first `length` bytes; the new length.
 
-    None for a length that nobody knows.  Durable when it returns.  Raises OSError.
+    None for a length that nobody knows.  Durable when it returns.
     """
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     data = text.encode("utf-8", "surrogatepass")
     new = not path.exists()
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+    fd = durable.opened(path, os.O_RDWR | os.O_CREAT)
     try:
         size = os.fstat(fd).st_size
+        if length is None and size > _MOST:
+            raise durable.NotAFile(errno.EFBIG, f"{size} bytes, more than {_MOST}", str(path))
         keep = min(length, size) if length is not None else _end(fd, records)
         os.ftruncate(fd, keep)
         os.lseek(fd, keep, os.SEEK_SET)
@@ -53,24 +62,26 @@ def append(path: Path, length: int | None, records: Sequence[Mapping[str, object
 
 def _end(fd: int, records: Sequence[Mapping[str, object]]) -> int:
     """Where the file ends without a torn tail and without these very records."""
-    mine = [(r.get("task"), r.get("attempt")) for r in records]
-    end = 0
+    mine = {(json.dumps(r.get("task")), str(r.get("attempt"))) for r in records}
+    end = here = 0
     with open(fd, "rb", closefd=False) as file:
-        for line in file:
-            said = next(_readable([line]), {})
-            if not line.endswith(b"\n") or (said.get("task"), said.get("attempt")) in mine:
+        while piece := file.readline(1 << 20):  # however long the line
+            found = _WHOSE.match(piece) if here == end else None
+            if found and (found[1].decode("ascii", "replace"), found[2].decode()) in mine:
                 break
-            end += len(line)
+            here += len(piece)
+            if piece.endswith(b"\n"):
+                end = here
     return end
 
 
 def last(path: Path, count: int) -> list[dict[str, object]]:
     """The last `count` lines that can be read, oldest first."""
     try:
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
+            lines = file.read(_TAIL).split(b"\n")
+    except (FileNotFoundError, durable.NotAFile):
         return []
     return list(_readable(lines))[-count:]
 
@@ -100,14 +111,14 @@ def threads(path: Path) -> Iterator[set[str]]:
 
 
 def _opened(path: Path) -> BinaryIO:
-    return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    return open(durable.opened(path), "rb")
 
 
 def _readable(lines: Sequence[bytes]) -> Iterator[dict[str, object]]:
     for line in lines:
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the cut first line, or damage: a summary goes without it
         if isinstance(value, dict):
             yield value

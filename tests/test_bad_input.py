@@ -7,6 +7,7 @@ power over files would hide what a user meets.  Codex is the fake one; no turn m
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -24,8 +25,8 @@ from codexd import ledger
 from codexd.ledger import seal
 from codexd.model import Event, Kind, Note
 from codexd.view import View
-from tests.daemon import PYTHON, Daemon, until
-from tests.history import AT, move, queued
+from tests.daemon import PYTHON, Daemon, read_answer, until
+from tests.history import AT, ident, move, queued
 
 FAKE = Path(__file__).parent / "bin" / "codex"
 ROOT = os.geteuid() == 0
@@ -847,6 +848,18 @@ UNUSABLE: dict[str, tuple[Callable[[Mortal], None], int, str]] = {
         instead("tasks.md", Path.mkdir), 69,
         'cannot.go.on why="ROOT/tasks.md: Is a directory; move it away"',
     ),
+    "the ledger is a FIFO": (
+        instead("tasks.md", os.mkfifo), 69,
+        'cannot.go.on why="ROOT/tasks.md: not a regular file; move it away"',
+    ),
+    "the ledger is a link to what has no end": (
+        instead("tasks.md", link_to("/dev/zero")), 69,
+        'cannot.go.on why="ROOT/tasks.md: not a regular file; move it away"',
+    ),
+    "the configuration is a FIFO": (
+        instead("codexd.yaml", os.mkfifo), 78,
+        'configuration why="ROOT/codexd.yaml: cannot be read: not a regular file"',
+    ),
     "the ledger may not be read": (
         shut("tasks.md", 0), 77,
         f'no.permission why="ROOT/tasks.md: Permission denied; {OWNER}"',
@@ -910,6 +923,13 @@ def test_a_root_on_a_file_system_that_is_read_only(tmp_path: Path) -> None:
         assert refused(daemon.root) == (69, text)
 
 
+def sparse(path: Path, end: bytes) -> None:
+    """8 GiB of nothing after what is there, and then `end`."""
+    os.truncate(path, 8 << 30)
+    with open(path, "ab") as file:
+        file.write(end)
+
+
 MISTOLD = [
     queued(1, session=7),
     queued(2, workdir=["a"], limit="3"),
@@ -919,6 +939,9 @@ MISTOLD = [
     move(5, Kind.WAITING, reason="hold", until="2026-02-30T00:00:00.000Z"),
     move(5, Kind.RUNNING, launches="1"),
     move(5, Kind.WAITING, usage={"input_tokens": "many"}, cost=3),
+    move(5, Kind.WAITING, usage={"input_tokens": 10**400}),
+    move(5, Kind.WAITING, cost={"cpu_seconds": math.nan}),
+    queued(7, priority=10**400),
     Event(AT, Note.CLOSED, facts={"reason": 5, "message": "m"}),
     Event(AT, Note.CLOSED, facts={"reason": "quota", "message": "m", "until": 5}),
     Event(AT, Note.REJECTED, facts={"id": 5, "reason": ["r"]}),
@@ -946,6 +969,14 @@ DAMAGED: dict[str, Callable[[Mortal], object]] = {
         d.dirs.ledger.read_bytes() + b"".join(map(ledger.render, MISTOLD))
     ),
     "the ledger is torn": lambda d: os.truncate(d.dirs.ledger, d.dirs.ledger.stat().st_size - 9),
+    "facts that are nested deep": lambda d: d.dirs.ledger.write_bytes(
+        d.dirs.ledger.read_bytes() + b"".join(
+            seal(f'- {AT} `{ident(6)}` **queued** `file="6.md" title={"[" * n}{"]" * n}`')
+            for n in (400, 100_000)
+        )
+    ),
+    "a hole in the ledger": lambda d: sparse(d.dirs.ledger, b"\n"),
+    "a hole at the end of the ledger": lambda d: sparse(d.dirs.ledger, b""),
     "the ledger is garbage": lambda d: d.dirs.ledger.write_bytes(os.urandom(5000)),
     "the ledger is empty": lambda d: d.dirs.ledger.write_bytes(b""),
     "directories are missing": lambda d: [
@@ -969,6 +1000,26 @@ def test_a_damaged_state_that_can_be_served(tmp_path: Path) -> None:
             assert "web" in [s["name"] for s in daemon.view.sessions()]
             assert daemon.view.health()[0]
         assert (daemon.dirs.tasks / "README").exists()
+
+
+def test_a_task_whose_records_nobody_understands_ends_alone(tmp_path: Path) -> None:
+    """Its session's name is half a character: sealed, but no daemon has written it."""
+    with Mortal(tmp_path / "root") as daemon:
+        assert daemon.stop() == 0
+        running = (Kind.RUNNING, {"launches": 1, "attempts": 1})
+        result = {"outcome": "done", "exit_status": 0, "answer": "fine", "usage": {}}
+        for number, (moves, left) in enumerate((([], {}), ([running], result))):
+            accepted = (Kind.QUEUED, {"session": f"\ud800{number}"})
+            daemon.left(f"{NOBODY[:-1]}{number}", accepted, *moves, at=AT, **left)
+        daemon.start()
+        daemon.drop("other.md", "x")
+        assert daemon.answer("other")[0]["state"] == "done"
+        for number in range(2):
+            path = daemon.dirs.answers / f"{NOBODY[:-1]}{number}.md"
+            until(path.exists, "its answer")
+            front_matter, _ = read_answer(path)
+            assert (front_matter["state"], front_matter["outcome"]) == ("failed", "unknown")
+            assert "its records cannot be understood, and are kept" in front_matter["message"]
 
 
 def test_of_many_damaged_lines_some_are_told_and_all_are_counted(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def test_every_id_is_explained() -> None:
 def test_texts_name_only_fields_that_are_there() -> None:
     for event, head, text in entries().values():
         allowed = {"CODEXD_TASK"} if event in OF_A_TASK else set()
-        allowed |= {"CODEXD_SESSION"} if event == "session.damaged" else set()
+        of_session = event in ("session.damaged", "transcript.damaged")
+        allowed |= {"CODEXD_SESSION"} if of_session else set()
         assert set(re.findall(r"@(\w+)@", head["Subject"] + text)) <= allowed, event
 
 

@@ -146,8 +146,27 @@ def make(path: Path, what: str) -> None:
 @pytest.mark.parametrize("what", ["link", "fifo", "directory", "socket", "nothing"])
 def test_read_takes_regular_files_only_and_never_waits(tmp_path: Path, what: str) -> None:
     make(tmp_path / "f", what)
-    with pytest.raises((ValueError, OSError), match="f"):
+    wrong = FileNotFoundError if what == "nothing" else durable.NotAFile
+    with pytest.raises(wrong, match="f") as raised:
         durable.read(tmp_path / "f", 100)
+    assert what == "nothing" or isinstance(raised.value, ValueError)
+
+
+@pytest.mark.parametrize("what", ["link", "fifo", "directory", "socket"])
+def test_what_is_no_file_is_not_written_to(tmp_path: Path, what: str) -> None:
+    make(tmp_path / "f", what)
+    for flags in (os.O_WRONLY | os.O_CREAT, os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+        with pytest.raises(durable.NotAFile) as raised:
+            durable.opened(tmp_path / "f", flags)
+        assert raised.value.filename == str(tmp_path / "f")
+
+
+def test_a_link_is_followed_only_to_a_file(tmp_path: Path) -> None:
+    make(tmp_path / "f", "link")
+    assert durable.read(tmp_path / "f", 100, follow=True) == b"{}"
+    (tmp_path / "g").symlink_to("/dev/zero")
+    with pytest.raises(durable.NotAFile, match="not a regular file"):
+        durable.read(tmp_path / "g", 100, follow=True)
     with pytest.raises((ValueError, OSError), match="f"):
         durable.read_json(tmp_path / "f")
 

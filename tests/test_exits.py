@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,33 @@ def test_a_damaged_record_harms_nobody(tmp_path: Path, damage: bytes) -> None:
     found = exits.read(tmp_path / ID)
     assert found
     assert exits.outcome(found, BOOT)[0] is Outcome.INTERRUPTED, "of no boot that we know"
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "9" * 5000, "-1", "²", "1e999", "nan"])
+def test_a_number_that_nothing_can_count_is_left_out(tmp_path: Path, number: str) -> None:
+    record = f"result=exit-code\nstatus={number}\nboot={BOOT}\n[cpu.stat]\nusage_usec {number}\n"
+    record += f"[memory.peak]\n{number}\n[pids.peak]\n3\n[io.stat]\n8:0 rbytes={number} wbytes=7\n"
+    (tmp_path / ID).write_text(record)
+    found = exits.read(tmp_path / ID)
+    assert found
+    assert found.cost == {"tasks_peak": 3, "io_read_bytes": 0, "io_write_bytes": 7}
+    assert exits.outcome(found, BOOT)[0] is Outcome.HOST
+
+
+@pytest.mark.parametrize("what", ["FIFO", "directory", "link", "sparse"])
+def test_what_is_no_record_tells_nothing(tmp_path: Path, what: str) -> None:
+    path = tmp_path / ID
+    make: dict[str, Callable[[], object]] = {
+        "FIFO": lambda: os.mkfifo(path),
+        "directory": path.mkdir,
+        "link": lambda: path.symlink_to("/dev/zero"),
+        "sparse": lambda: (path.touch(), os.truncate(path, 8 << 30)),
+    }
+    make[what]()
+    found = exits.read(path)
+    assert found
+    outcome, text = exits.outcome(found, BOOT)
+    assert (outcome, "damaged" in text) == (Outcome.INTERRUPTED, True)
 
 
 @pytest.mark.parametrize(("ended", "outcome", "words"), [

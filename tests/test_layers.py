@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "codexd"
 # Top down: a file may import what stands above it, never what stands below.
 # One line is one layer; files of one layer do not import each other.
 LAYERS = [
-    "outcome wire",
+    "outcome wire sane",
     "model clock messages",
     "dispatch policy prompt line relevance command delivery",
     "durable orphans directories document lock events notes settled journal cgroup",
@@ -34,8 +34,9 @@ LAYERS = [
     "selftest",
 ]
 ORDER = {name: n for n, line in enumerate(LAYERS) for name in line.split()}
-PURE = ["outcome", "model", "dispatch", "policy", "prompt", "messages", "delivery"]
-LEAN = ["outcome", "clock", "prompt", "durable", "lock", "events", "verdict", "quota", "codex",
+PURE = ["outcome", "sane", "model", "dispatch", "policy", "prompt", "messages", "delivery"]
+LEAN = ["sane", "outcome", "clock", "prompt", "durable", "lock", "events", "verdict", "quota",
+        "codex",
         "rollout", "memory", "relevance", "notes", "turn", "worker",
         "orphans", "canary", "child", "rounds",
         "start", "verify", "command",

@@ -215,6 +215,31 @@ def test_a_torn_tail(root: Root) -> None:
     holder.communicate("")
 
 
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_line_of_eight_gigabytes(root: Root, end: bytes) -> None:
+    """As a sparse file has it; verify, and a follower, in little memory."""
+    made = b"".join(lines(TEN))
+    root.ledger.write_bytes(made)
+    os.truncate(root.ledger, 8 << 30)
+    with open(root.ledger, "ab") as file:
+        file.write(end + (render(queued(8)) if end else b""))
+    for code in (
+        "from codexd.cli import main; main()",
+        "from codexd.ledger import Follower; from pathlib import Path\n"
+        "one = Follower(Path(sys.argv[2]) / 'tasks.md', None); one.refresh()\n"
+        f"assert len(one.book.tasks) == {2 + bool(end)}; assert one.book.lost == {int(bool(end))}",
+    ):
+        limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))\n"
+        args = ["--root", str(root.dirs.state), "ledger", "verify"]
+        done = subprocess.run(
+            [PYTHON, "-c", limit + code, *args], cwd=ROOT, capture_output=True, text=True
+        )
+        assert not done.stderr
+        if done.stdout:
+            what = "the seal is broken" if end else f"{(8 << 30) - len(made)} bytes without an end"
+            assert f"tasks.md:{len(TEN) + 2}: byte {len(made)}: {what}" in done.stdout
+
+
 def test_old_files_are_looked_at_first(root: Root) -> None:
     one = Ledger(root.ledger, root.dirs.checkpoint)
     one.append([queued(1), move(1, Kind.CANCELLED)])

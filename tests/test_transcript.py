@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codexd import transcript
+from codexd import durable, transcript
 
 
 def records(attempt: str, *texts: str) -> list[dict[str, Any]]:
@@ -79,6 +79,34 @@ def test_a_length_beyond_the_end_leaves_no_hole(tmp_path: Path) -> None:
     path = tmp_path / "web.jsonl"
     transcript.append(path, 10_000, ONE)
     assert texts(path) == ["ask", "answer"]
+
+
+@pytest.mark.parametrize("what", ["FIFO", "directory", "too large"])
+def test_what_is_no_transcript_is_neither_waited_for_nor_written(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "web.jsonl"
+    if what == "FIFO":
+        os.mkfifo(path)
+    elif what == "directory":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, 8 << 30)
+    with pytest.raises(durable.NotAFile):
+        transcript.append(path, None, ONE)
+    assert transcript.last(path, 5) == []
+    assert transcript.began(path) is None
+
+
+@pytest.mark.parametrize(
+    "line", [b"[" * 2000, b"\0" * (5 << 20), b'{"text": ' + b"9" * 5000 + b"}"]
+)
+def test_a_line_that_nobody_can_read_costs_nothing_else(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "web.jsonl"
+    path.write_bytes(json.dumps(ONE[0]).encode() + b"\n" + line + b"\n")
+    for _ in range(2):
+        transcript.append(path, None, TWO)
+        assert path.read_bytes().split(b"\n")[1] == line
+        assert [r["text"] for r in transcript.last(path, 9)][-2:] == ["next", "reply"]
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
