@@ -224,6 +224,7 @@ class Master:
             "file_limit": self.config.limits.file,
             "trouble": self.trouble,
             "damaged": self.ledger.book.lost,
+            "ended": self.ledger.book.ended,
             **self.keeper.summary(),
             "workdir_sharing": self.config.workdir_sharing,
             "hooks": self.hooks.summary(),
@@ -232,7 +233,7 @@ class Master:
     def beat(self) -> None:
         """Tell readers how things are."""
         told = self.summary()
-        self.service.status(_one_line(told))
+        self.service.status(heartbeat.line(told))
         try:
             heartbeat.write(self.dirs.heartbeat, told)
         except OSError as error:
@@ -269,13 +270,6 @@ class Master:
         except OSError as error:
             self.refused(error)  # the next start does what was left
         raise StopIteration
-
-
-def _one_line(told: dict[str, object]) -> str:
-    gate = told["gate"]
-    closed = f"; closed: {', '.join(gate)}" if isinstance(gate, dict) and gate else ""
-    closed += f" and {told['gate_more']} more" if told["gate_more"] else ""
-    return f"{told['running']} running, {told['queued']} queued, {told['waiting']} waiting{closed}"
 
 
 def run(
