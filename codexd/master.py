@@ -159,6 +159,7 @@ class Master:
             self.keeper.look,
             self.take,
             self.attempts.collect,
+            self.hold,
             self.attempts.awake,
             self.attempts.dispatch,
             self.probe.tend,
@@ -182,6 +183,10 @@ class Master:
                 self.say(event)
             # Before they can start: cancelled or held, they must not cost a turn.
             self.controls.obey(self.controls.waiting, self.record)
+
+    def hold(self, now: float) -> None:
+        """Tasks that were to be held and have stopped running, before they can start again."""
+        self.controls.obey(self.controls.waiting, self.record)
 
     # --- the rest ---------------------------------------------------------------------
 
