@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 # What a test run takes besides: make test TESTS='tests/test_ledger.py -x'
 TESTS ?= -n auto --dist loadgroup
 COVERED ?=
-PROOFS ?= tests/proof
+PROOFS ?= tests/proof tests/test_dry.py::test_twenty_tasks_while_the_quota_runs_dry
 
 .PHONY: venv demo test lint bench proof proof-long soak coverage deb clean
 

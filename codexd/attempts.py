@@ -113,12 +113,13 @@ class Attempts:
         try:
             if why := self.launcher.refusal(task.id):
                 self.error("worker.refused", task=task.id, session=task.session, why=why)
-                return self.finish.judge(task, refused=why)
+                return self.finish.judge(task, refused=why, own=self.keeper.its_own(task))
             ended = self.launcher.ended(task.id)
             if ended is None and self._is_ending(task):
                 return None  # its exit record will say who stopped it
-            out, beside = self.keeper.is_out(task), self.beside.look(task)
-            found = self.finish.judge(task, ended, beside=beside, outage=out)
+            self.beside.look(task)
+            out, own = self.keeper.is_out(task), self.keeper.its_own(task)
+            found = self.finish.judge(task, ended, outage=out, own=own)
             self.keeper.heard(task, found.outcome, found.turned)
             return found
         except OSError:
@@ -140,9 +141,9 @@ class Attempts:
             self.keeper.met(one.outcome, one.message, one.profile, one.at)
         elif one.outcome in ANSWERED:
             # Not whoever else is done: it may have asked the model before it was spent.
-            self.keeper.passed(probed)
+            self.keeper.passed(probed, one.event.id)
         if one.ran and not (one.close and one.outcome is Outcome.HOST):
-            self.keeper.open(Outcome.HOST.value)
+            self.keeper.open(Outcome.HOST.value, one.event.id)
         self.aside.met(one.outcome, one.message)
         if one.delay:
             self.wake_at[one.event.id] = now + one.delay
@@ -188,7 +189,7 @@ class Attempts:
             task = self.ledger.book.tasks.get(id)
             if task and task.state is State.RUNNING and self.finish.evidence.answered(task):
                 del self.probing[id]
-                self.keeper.passed(held)
+                self.keeper.passed(held, id)
 
     def _ordered(self, task: Task) -> Event | None:
         """The event that begins its attempt; None while a file of its own is in the way."""

@@ -21,9 +21,7 @@ from codexd.directories import Directories
 from codexd.dispatch import overlap
 from codexd.model import State, Task
 
-_FILE = "beside"
-_LONGEST = 300  # characters of a name in it
-_MOST = 4096  # bytes of it: two names, of up to four bytes a character, and the words
+_LONGEST = 300  # characters of a name in what is noted
 _LOOK = 1 << 20  # bytes of its events; one that writes does not talk for so long before
 # No text can hold this: within a string of JSON the quotes are escaped.
 _WRITES = re.compile(rb'"type":\s*"(?:command_execution|file_change|mcp_tool_call)"')
@@ -40,17 +38,13 @@ class Beside:
         self.tasks = tasks
         self.told = told
 
-    def look(self, task: Task) -> str:
-        """What a running task whose attempt has ended must say; "" if nothing."""
+    def look(self, task: Task) -> None:
+        """Note what a running task whose attempt has ended, and others, must say."""
         others = [t for t in self.tasks.values() if t.id != task.id and _meet(t, task)]
         if others and self._may_write(task):
             for other in filter(self._may_write, others):
                 self._note(task, other)
                 self._note(other, task)
-        try:
-            return durable.read(self.dirs.tasks / task.id / _FILE, _MOST).decode("utf-8", "replace")
-        except (FileNotFoundError, ValueError):
-            return ""  # nothing was noted, or it is damaged: no reason to keep the answer back
 
     def _may_write(self, task: Task) -> bool:
         here = place.attempt(self.dirs, task.id, task.launches)
@@ -63,7 +57,7 @@ class Beside:
 
     def _note(self, task: Task, other: Task) -> None:
         """The first that it met is enough."""
-        path = self.dirs.tasks / task.id / _FILE
+        path = place.beside(self.dirs, task.id)
         if not path.exists():
             whose = f" of session {_cut(other.session)}" if other.session else ""
             text = f"task {other.id}{whose} worked in {_cut(str(other.workdir))} at the same time"

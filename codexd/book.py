@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,7 +52,8 @@ class Book:
     facts.  `verdicts` has the last files that did not become tasks, by the id
     they were taken under.  `owed` has the events that hooks were not told yet, the
     oldest first.  `damaged` tells of the first lines that were not acted on, `lost` is
-    how many there are.  `last` are the bytes just before `offset`.
+    how many there are.  `last` are the bytes just before `offset`.  `ended` counts the tasks
+    that have ended since this book was opened, by outcome: those of before are not looked at.
     """
 
     tasks: dict[str, Task] = field(default_factory=dict)
@@ -64,12 +65,10 @@ class Book:
     lost: int = 0
     offset: int = 0
     last: bytes = b""
+    ended: Counter[str] = field(default_factory=Counter, compare=False)
 
     def act(self, event: Event) -> Task | None:
-        """Add one event; the task as it is now, None for a note.
-
-        Raises IllegalEvent, and then nothing has changed.
-        """
+        """Add one event; the task as it is now.  Raises IllegalEvent: nothing has changed."""
         if isinstance(event.kind, Note):
             self._note(event)
             return None
@@ -77,6 +76,7 @@ class Book:
         if task.state.ended:
             self.tasks.pop(event.id)
             self.recent.append(event.id)
+            self.ended[task.outcome.value if task.outcome else Outcome.UNKNOWN.value] += 1
         else:
             self.tasks[event.id] = task
         return task

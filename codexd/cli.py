@@ -146,6 +146,9 @@ def control(args: argparse.Namespace) -> int:
         ids.append(str(task["id"]))
         if args.control == "retry" and not has_ended(task):
             raise Trouble(Exit.FAILED, f"task {id} has not ended; cancel it first, or wait")
+        if args.control == "hold" and task["state"] == State.RUNNING:
+            then = "it is held if it comes back to the queue; to end it: codexd task cancel"
+            print(f"task {id} is running and goes on; {then}", file=sys.stderr)
     if args.control == "retry":
         report.lines(retried(view, ids))
         return Exit.DONE

@@ -27,7 +27,7 @@ from codexd.rollout import (
     spent,
     tokens,
 )
-from codexd.verdict import classify, is_corrupt, judge, sentence
+from codexd.verdict import classify, is_corrupt, is_general, judge, sentence
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ __all__ = [
     "environment",
     "find",
     "is_corrupt",
+    "is_general",
     "is_thread_id",
     "judge",
     "retry_at",

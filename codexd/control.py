@@ -49,7 +49,7 @@ class Controls:
         self.launcher = launcher
         self.keeper = keeper
         self.finish = finish
-        self.waiting: list[str] = []  # those whose task is still in the inbox
+        self.waiting: list[str] = []  # those whose task is in the inbox, or runs and is to be held
 
     def obey(self, names: list[str], record: Record) -> list[str]:
         """Obey what is a control file; the other names.
@@ -88,7 +88,7 @@ class Controls:
             return False  # the intake rejects it with this very reason
         if control is None or not spool.is_empty_file(self.dirs.inbox / name):
             return False
-        if is_id(control.target) and spool.in_inbox(self.dirs, control.target):
+        if self._is_early(control):
             self.waiting.append(name)
             return True
         if not self._obey(control, record):
@@ -96,6 +96,14 @@ class Controls:
         if control.verb not in BY_HAND or self.keeper.remembered(control.verb):
             (self.dirs.inbox / name).unlink(missing_ok=True)
         return True  # on a full disk the file itself has to remember the hold
+
+    def _is_early(self, control: controlfile.Control) -> bool:
+        """Whether it is for later: the file itself remembers it."""
+        if not is_id(control.target):
+            return False
+        task = self.ledger.book.tasks.get(control.target)
+        to_come = control.verb == HOLD and task is not None and task.state is State.RUNNING
+        return to_come or spool.in_inbox(self.dirs, control.target)
 
     def _obey(self, control: controlfile.Control, record: Record) -> bool:
         """Whether it was obeyed; False for one that has no task to act on."""
@@ -114,7 +122,14 @@ class Controls:
             if verb == "cancel" and task.state is State.RUNNING:
                 self.launcher.stop([target])
             raise
+        if verb == "release":
+            self._forget(f"{target}.{HOLD}", control.name)
         return True  # what the ledger says is cancelled, `Attempts.collect` stops
+
+    def _forget(self, name: str, by: str) -> None:
+        """Remove a control file that is still there and is not later than that other one."""
+        if self._written(name) <= self._written(by):
+            (self.dirs.inbox / name).unlink(missing_ok=True)
 
     def _all(self, verb: str) -> None:
         if verb == "compact":
@@ -124,10 +139,8 @@ class Controls:
         else:
             kept = [reason for reason in BY_HAND if not self.keeper.remembered(reason)]
             self.keeper.release()
-            released = self._written(f"{ALL}.{verb}")
-            for reason in kept:
-                if self._written(f"{ALL}.{reason}") <= released:  # else it was asked for since
-                    (self.dirs.inbox / f"{ALL}.{reason}").unlink(missing_ok=True)
+            for reason in kept:  # but what was asked for since
+                self._forget(f"{ALL}.{reason}", f"{ALL}.{verb}")
 
     def _change(self, task: Task, verb: str) -> list[Event]:
         """The events that a verb means for a live task."""

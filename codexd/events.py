@@ -78,10 +78,11 @@ class Reader:
     items_seen      events about items; 0: the model has done nothing yet
     open_items      id → activity of work begun and not ended
     activity        one line: what Codex is doing
+    did             the last such line that was about a tool, "" if none was
     """
 
     __slots__ = (
-        "_line", "_size", "activity", "completed", "errors", "failed_message", "item_errors",
+        "_line", "_size", "activity", "completed", "did", "errors", "failed_message", "item_errors",
         "items_seen", "last_error", "message", "open_items", "reconnecting", "thread",
         "turn_started", "usage",
     )  # fmt: skip
@@ -100,6 +101,7 @@ class Reader:
         self.items_seen = 0
         self.open_items: dict[str, str] = {}
         self.activity = "starting"
+        self.did = ""
         self._line = bytearray()
         self._size = 0
 
@@ -233,6 +235,8 @@ class Reader:
             self._open(as_text(item.get("id")), what, item)
         elif kind == "item.completed":
             self._close(as_text(item.get("id")))
+            if what not in _MODELS:
+                self.did = _doing(what, item)
             if what in ("agent_message", "assistant_message"):
                 self._say(as_text(item.get("text")))
 
@@ -242,8 +246,10 @@ class Reader:
 
     def _open(self, name: str, what: str, item: dict[str, Any]) -> None:
         self.activity = _doing(what, item)
-        if what not in _MODELS and len(self.open_items) < _OPEN:
-            self.open_items[name] = self.activity
+        if what not in _MODELS:
+            self.did = self.activity
+            if len(self.open_items) < _OPEN:
+                self.open_items[name] = self.activity
 
     def _close(self, name: str) -> None:
         self.open_items.pop(name, None)

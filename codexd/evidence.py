@@ -102,16 +102,35 @@ class Evidence:
         lost = not place.attempt(self.dirs, id, number).is_dir()
         return lost or place.was_started(self.dirs, id, number)
 
-    def _salvage(self, task: Task) -> Result:
-        """The worker was killed: what do the events say?"""
+    def acted(self, task: Task) -> tuple[bool, str]:
+        """Whether the model may have done something for the task in an attempt so far, and
+        the last of it that is known."""
+        begun, did = False, ""
+        for number in range(task.launches, 0, -1):
+            lost = not place.attempt(self.dirs, task.id, number).is_dir()
+            reader = self._printed(task.id, number)
+            # Cut off, it may have done more than it could tell.
+            begun |= lost or bool(reader.items_seen or (reader.turn_started and not reader.ended))
+            did = did or reader.did
+            if did:
+                break
+        return begun, did
+
+    def _printed(self, id: str, number: int) -> codex.Reader:
+        """What Codex said in an attempt, as far as that can be read."""
         reader = codex.Reader()
-        path = place.attempt(self.dirs, task.id, task.launches) / "events.jsonl"
+        path = place.attempt(self.dirs, id, number) / "events.jsonl"
         try:
             for piece in durable.pieces(path, _EVENTS_LIMIT):
                 reader.feed(piece)
         except (FileNotFoundError, ValueError):
             pass  # killed before Codex said anything, or not to be read
         reader.finish()
+        return reader
+
+    def _salvage(self, task: Task) -> Result:
+        """The worker was killed: what do the events say?"""
+        reader = self._printed(task.id, task.launches)
         thread = reader.thread or task.thread
         told, model = codex.spent(str(self.config.codex.home), thread) if thread else ({}, None)
         # Both are totals of the thread; after the last completed turn the rollout has more.
@@ -123,7 +142,9 @@ class Evidence:
         text = "the worker was killed in the middle of the turn"
         if whole:
             text = "the worker was killed before the task's check had passed"
-        return Result(Outcome.INTERRUPTED, text, thread, usage=usage, model=model, ended=False)
+        return Result(
+            Outcome.INTERRUPTED, text, thread, reader.message, usage=usage, model=model, ended=False
+        )  # fmt: skip
 
     def _has_check(self, task: Task) -> bool:
         """Whether a complete turn is not enough; if that cannot be told, it is not."""

@@ -11,11 +11,11 @@ What it came to is told by `evidence`, what follows by `policy`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from zlib import crc32
 
-from codexd import clock, codex, durable, place, policy, session, transcript
+from codexd import answerfile, clock, codex, durable, place, policy, session, transcript
 from codexd.config import Config
 from codexd.evidence import Evidence, Result
 from codexd.exits import Ended
@@ -24,7 +24,6 @@ from codexd.outcome import Outcome
 from codexd.spend import Spend
 
 _NOTHING: tuple[object, ...] = (None, "", {})
-MEETINGS = 100  # starts of a task that meets a spent quota or a refused login each time
 _INLINE = 1 << 20  # bytes of an answer that still go into JSON
 
 
@@ -64,25 +63,28 @@ class Finish:
         task: Task,
         ended: Ended | None = None,
         refused: str | None = None,
-        beside: str = "",
         outage: bool = False,
+        own: Collection[Outcome] = frozenset(),
     ) -> Finished:
         """Write down what the attempt came to; the event that says so.
 
         `refused` is why the host did not start the worker: a reason to hold all tasks.
-        `beside` is what has to be said of a task that is done; `outage`: others of its
-        credential fail for the same reasons.
+        `outage`: others of its credential fail for the same reasons; `own`: what others do
+        not meet, or not any more.
         Raises OSError when the host refuses; then nothing was said, and the
         same is done again later.
         """
         left = _unfit(self.evidence.result(task, ended), refused)
-        found = _told(task, left, beside)
-        step = self._step(task, found, outage)
+        found = _told(task, left)
+        refusals = task.refusals + (found.outcome in own)
+        step = self._step(task, found, outage, refusals)
         used = self._remember(task, found, step) if found.ran else {}
         if found.ran:
             attempt = f"{task.id}/{task.launches}"
             self.spend.add(attempt, task.session, found.model, used, time.time())
         event = self._event(task, found, step, used)
+        if step.close and refusals:
+            event = replace(event, facts={**event.facts, "refusals": refusals})
         if apply(task, event).state.ended:
             self.conclude(apply(task, event), found.answer)
         # A task that is cancelled may have met what holds the others all the same.
@@ -106,7 +108,7 @@ class Finish:
             turned=True, delay=0.0, profile=task.profile, at=None,
         )  # fmt: skip
 
-    def _step(self, task: Task, found: Result, outage: bool) -> policy.Step:
+    def _step(self, task: Task, found: Result, outage: bool, refusals: int) -> policy.Step:
         """What follows."""
         retry = self.config.retry
         step = policy.after(
@@ -118,12 +120,11 @@ class Finish:
             base=retry.base,
             cap=retry.cap,
             chance=(crc32(f"{task.id}/{task.launches}".encode()) % 1000) / 1000,
+            launches=task.launches,
             outage=outage,
+            unfit=found.gate and found.outcome is Outcome.HOST,
+            refusals=refusals,
         )
-        if found.gate and found.outcome is Outcome.HOST:
-            step = policy.Step(Kind.QUEUED, counted=False, close=True)
-        if step.close and task.launches >= MEETINGS:
-            step = replace(step, kind=Kind.FAILED, counted=True)
         if step.kind is Kind.QUEUED and not found.began and task.interruptions:
             # The host cannot start it again and again: it may be short of something.
             delay = policy.backoff(task.interruptions, retry.base, retry.cap, 1.0)
@@ -142,9 +143,10 @@ class Finish:
         self, task: Task, found: Result, step: policy.Step, used: Mapping[str, int]
     ) -> Event:
         ended = step.kind in (Kind.DONE, Kind.FAILED, Kind.CANCELLED)
+        beside = place.told_beside(self.dirs, task.id) if ended else ""
         facts: dict[str, object] = {
             "outcome": found.outcome.value if ended else None,
-            "message": found.message[:2000],
+            "message": _message(found, step, beside),
             "thread": None if step.fresh else found.thread,
             "usage": _sum(task.usage, used),
             "cost": _sum(task.cost, found.cost or {}),
@@ -153,8 +155,7 @@ class Finish:
             facts["fresh"] = True
         if not step.counted:
             facts["attempts"] = task.attempts - 1
-            # The gate is no fault of the task: waiting for it may take for ever.
-            facts["interruptions"] = task.interruptions + (not step.close)
+            facts["interruptions"] = task.interruptions + (not step.patient)
         if not ended:
             facts["reason"] = found.outcome.value
         if step.delay:
@@ -231,7 +232,7 @@ class Finish:
         """The answer's file and the last word of a task that has ended."""
         (self.dirs.tasks / task.id).mkdir(mode=0o750, exist_ok=True)  # should it be lost
         name = place.answer_name(task.id, task.file)
-        place.write_answer(self.dirs, name, _front(task) + _text(answer).encode("utf-8", "replace"))
+        place.write_answer(self.dirs, name, answerfile.content(task, answer))
         short = (
             answer if answer is None or len(answer.encode("utf-8", "replace")) <= _INLINE else None
         )
@@ -241,7 +242,8 @@ class Finish:
 
     def end(self, task: Task, kind: Kind, facts: Mapping[str, object]) -> Event:
         """End a task that is not running: its answer, then the event that says so."""
-        event = Event(clock.now(), kind, task.id, facts)
+        said = [str(facts.get("message") or ""), place.told_beside(self.dirs, task.id)]
+        event = Event(clock.now(), kind, task.id, {**facts, "message": _joined(*said) or None})
         self.conclude(apply(task, event), None)
         return event
 
@@ -278,17 +280,28 @@ class Finish:
 
 def _unfit(found: Result, refused: str | None) -> Result:
     """The evidence, with `gate` and the outcome `host` where no other task could run either."""
-    damaged = codex.is_corrupt(found.outcome, found.message)
-    if not (found.gate or damaged or (refused and not found.began)):
+    general = codex.is_general(found.outcome, found.message)
+    if not (found.gate or general or (refused and not found.began)):
         return found
     return replace(found, gate=True, outcome=Outcome.HOST, message=refused or found.message)
 
 
-def _told(task: Task, found: Result, beside: str) -> Result:
+def _message(found: Result, step: policy.Step, beside: str) -> str:
+    """The attempt's own words, and what has to be said besides."""
+    own = ""
+    if step.close and step.kind is Kind.FAILED:
+        own = f"met {policy.REFUSALS} times, although others did not meet it in between"
+    return _joined(found.message[:2000], own, beside, found.notes)
+
+
+def _joined(*sentences: str) -> str:
+    return "; ".join(filter(None, sentences))
+
+
+def _told(task: Task, found: Result) -> Result:
     """What the evidence comes to for this task."""
     if found.outcome is Outcome.DONE:
-        told = "; ".join(filter(None, (beside, found.notes)))
-        return replace(found, message=found.message or told)
+        return found
     if task.cancel:
         return replace(found, outcome=Outcome.CANCELLED, message="cancelled on request")
     if found.outcome is Outcome.THREAD_LOST and found.turned:
@@ -307,32 +320,3 @@ def _sum(before: Mapping[str, float], more: Mapping[str, float]) -> dict[str, fl
         else:
             total[key] = round(total.get(key, 0) + value, 3)
     return total
-
-
-def _front(task: Task) -> bytes:
-    """The answer's front matter: flat, one key a line, JSON scalars (which are YAML)."""
-    import json
-
-    values = {
-        "id": task.id,
-        "session": task.session_name,
-        "state": task.state.value,
-        "outcome": task.outcome.value if task.outcome else None,
-        "message": task.message,
-        "file": task.file,
-        "created": task.created,
-        "started": task.started,
-        "ended": task.ended,
-        "attempts": task.attempts,
-        "thread": task.thread,
-        "tokens_in": task.usage.get("input_tokens"),
-        "tokens_out": task.usage.get("output_tokens"),
-        "cpu_seconds": task.cost.get("cpu_seconds"),
-        "memory_peak_bytes": task.cost.get("memory_peak_bytes"),
-    }
-    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
-    return f"---\n{lines}---\n".encode()
-
-
-def _text(answer: str | None) -> str:
-    return "" if answer is None else answer if answer.endswith("\n") else answer + "\n"

@@ -23,12 +23,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from codexd import canary, clock, codex, command, policy, profile, spool
+from codexd import canary, clock, codex, command, free, policy, profile
 from codexd.config import Config
 from codexd.dispatch import KEYED, Gate
 from codexd.ledger import Ledger, LedgerFull
 from codexd.model import Event, Note, Sandbox, Task
 from codexd.outcome import Outcome
+from codexd.pauses import Pauses, since
 from codexd.spend import Spend, midnight, whole
 
 HOLD, DRAIN, CODEX, DISK = "hold", "drain", "codex", "disk"
@@ -36,7 +37,8 @@ BY_HAND = (HOLD, DRAIN)
 BUDGET = Outcome.BUDGET.value
 PROBED = KEYED | {Outcome.HOST.value}
 _SHOWN = 16  # reasons that the heartbeat tells
-_LOOK = 10.0  # seconds between looks for a missing Codex
+_LOOK = 10.0  # seconds between looks at Codex
+_LOGIN = ("auth.json", "config.toml")  # in CODEX_HOME
 
 
 class Keeper:
@@ -62,8 +64,8 @@ class Keeper:
         self.env_keys: list[str] = []
         self.unhidden: str | None = None  # why secrets are not hidden from commands
         self._unwritten: dict[str, Mapping[str, object]] = {}
-        self._probe_at: dict[str, float] = {}
-        self._tries: dict[str, int] = {}
+        self.pauses = Pauses()
+        self._opened: dict[str, str] = {}  # by whom, where it was another than codexd itself
         # By credential: attempts that failed since the model has answered one.
         self._failed: dict[str | None, dict[tuple[str, int], None]] = {}
         self._seen: tuple[object, ...] = ()
@@ -86,8 +88,9 @@ class Keeper:
 
         `trying` are the reasons that tasks which were let through are finding out about.
         """
-        due = {r for r in self.closed if _is_probed(r) and now >= self._probe_at.get(r, 0.0)}
-        return Gate(self.closed, frozenset(due), trying, self.config.codex.profile)
+        closed, is_due = self.closed, self.pauses.is_due
+        due = {r for r, facts in closed.items() if _is_probed(r) and is_due(r, facts, now)}
+        return Gate(closed, frozenset(due), trying, self.config.codex.profile)
 
     # --- closing and opening --------------------------------------------------
 
@@ -109,9 +112,9 @@ class Keeper:
         except LedgerFull:
             self._unwritten[reason] = {**facts, "since": clock.now()}
 
-    def open(self, reason: str) -> None:
-        self._probe_at.pop(reason, None)
-        self._tries.pop(reason, None)
+    def open(self, reason: str, by: str | None = None) -> None:
+        """`by` is the task that showed that it is over."""
+        self.pauses.forget(reason)
         name, _, profile = reason.partition(":")
         if name in policy.OUTAGE:
             self._failed.pop(profile or self.config.codex.profile, None)
@@ -120,6 +123,9 @@ class Keeper:
             self.ledger.append([Event(clock.now(), Note.OPENED, facts={"reason": reason})])
         elif not was:
             return
+        self._opened.pop(reason, None)
+        if by:
+            self._opened[reason] = by
         self.told("gate.opened", reason=reason)
 
     def met(
@@ -131,18 +137,18 @@ class Keeper:
         """
         reason, now = self._reason(outcome, profile), time.time()
         until = codex.retry_at(message, at or now) if outcome is Outcome.QUOTA else None
-        if until is None and reason in self.closed and self._is_put_off(reason):
+        if outcome is Outcome.HOST:
+            self._look_at = 0.0  # Codex may be what is missing
+        if until is None and reason in self.closed and self.pauses.is_put_off(reason):
             return  # met at the same time by another that was running
-        tries = self._tries.get(reason, 0)
-        self._tries[reason] = tries + 1
-        retry = self.config.retry
+        tries, retry = self.pauses.met(reason), self.config.retry
         pause = policy.probe_after(tries)
         if outcome not in (Outcome.QUOTA, Outcome.AUTH):  # it is over as soon as it is mended
             pause = policy.backoff(tries + 1, retry.base, retry.cap, 1.0)
         if until is not None:
             until = max(until, now)
             pause = max(1.0, until - now)
-        self._probe_at[reason] = clock.steady() + pause
+        self.pauses.put_off(reason, pause)
         self.close(reason, message, until)
 
     def _reason(self, outcome: Outcome, profile: str | None) -> str:
@@ -151,8 +157,16 @@ class Keeper:
             return f"{outcome.value}:{profile}"
         return outcome.value
 
-    def _is_put_off(self, reason: str) -> bool:
-        return self._probe_at.get(reason, 0.0) > clock.steady()
+    def its_own(self, task: Task) -> frozenset[Outcome]:
+        """What only this task would be refused for: since it was closed for that, another
+        task has opened the gate.  Forgotten at a start, which is in the task's favour."""
+        closed = self.closed
+        reasons = {o: self._reason(o, task.profile) for o in Outcome if o.value in PROBED}
+        return frozenset(
+            outcome
+            for outcome, reason in reasons.items()
+            if reason not in closed and self._opened.get(reason, task.id) != task.id
+        )
 
     def is_out(self, task: Task) -> bool:
         """Whether one more failure, of this attempt, is not for its task to answer."""
@@ -169,17 +183,17 @@ class Keeper:
         elif policy.may_be_outage(outcome, turned):
             self._failed.setdefault(credential, {})[task.id, task.launches] = None
 
-    def passed(self, reasons: Iterable[str]) -> None:
-        """A task that was let through to try them reached the model: they are over."""
+    def passed(self, reasons: Iterable[str], by: str) -> None:
+        """That task, let through to try them, reached the model: they are over."""
         for reason in self.closed.keys() & set(reasons):
             if _is_probed(reason):
-                self.open(reason)
+                self.open(reason, by)
 
     def release(self) -> None:
         """`codexd release`: open what a person closed, try the rest now."""
         for reason in BY_HAND:
             self.open(reason)
-        self._probe_at.clear()
+        self.pauses.end(self.closed)
 
     # --- looking --------------------------------------------------------------
 
@@ -190,7 +204,7 @@ class Keeper:
 
     def look_again(self) -> None:
         """The configuration is another: what it says of Codex has to be found anew."""
-        self._seen = self._login = ()
+        self._seen = ()
         self._look_at = 0.0
 
     def look(self, now: float) -> None:
@@ -216,11 +230,8 @@ class Keeper:
             del self._unwritten[str(facts["reason"])]
 
     def _look_at_disk(self) -> None:
-        least = self.config.limits.disk_free
-        free = spool.free_bytes(self.config.dirs.ledger.parent)
-        if free < least:
-            text = f"less than {_size(least)} free below {self.config.dirs.ledger.parent}"
-            self.close(DISK, text + "; make room, work goes on by itself (limits.disk_free)")
+        if why := free.shortage(self.config):
+            self.close(DISK, why)
         elif DISK in self.closed:
             self.open(DISK)
 
@@ -259,6 +270,7 @@ class Keeper:
                 self._old = profile.too_old(version)
                 self.binary = binary
                 self.told("codex.found", bin=binary, version=self.version)
+                self.pauses.end([Outcome.HOST.value])
         except (codex.Missing, OSError) as problem:
             self._ask_at = clock.steady() + _LOOK  # from now: to ask may have taken long
             self.binary = self.version = ""
@@ -306,11 +318,14 @@ class Keeper:
     def _look_at_login(self) -> None:
         """A changed login or configuration is a reason to try at once."""
         home = Path(self.home)
-        login = tuple(_stamp(home / name) for name in ("auth.json", "config.toml"))
+        stamps = tuple(_stamp(home / name) for name in _LOGIN)
+        login = (self.home, self.config.codex.profile, *stamps)
         if login == self._login:
             return
-        self._login = login
-        self._probe_at.clear()
+        known, self._login = self._login, login
+        changed = max(stamp[0] for stamp in stamps)
+        closed = self.closed.items()  # perhaps by a daemon before us
+        self.pauses.end(r for r, facts in closed if known or changed > since(facts))
         try:
             self.env_keys = codex.env_keys(codex.configuration(home))
         except FileNotFoundError:
@@ -323,17 +338,10 @@ def _is_probed(reason: str) -> bool:
     return reason.partition(":")[0] in PROBED
 
 
-def _size(bytes: int) -> str:
-    """A size as it is written in codexd.yaml."""
-    for shift, unit in ((30, "G"), (20, "M"), (10, "K")):
-        if bytes >= 1 << shift and not bytes % (1 << shift):
-            return f"{bytes >> shift}{unit}"
-    return str(bytes)
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: Path) -> tuple[float, int, int]:
+    """When it was changed, or put there; and what differs between two of one moment."""
     try:
         found = path.stat()
     except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size
+        return 0.0, 0, 0
+    return found.st_ctime, found.st_mtime_ns, found.st_size

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -50,6 +51,25 @@ def _shortened(told: Mapping[str, object], most: int) -> dict[str, object]:
         else:
             found[key] = value
     return found
+
+
+def line(told: Mapping[str, object]) -> str:
+    """The shortest of it, for `systemctl status`."""
+    gate = told["gate"]
+    reasons = [_until(*one) for one in gate.items()] if isinstance(gate, Mapping) else []
+    closed = f"; closed: {', '.join(reasons)}" if reasons else ""
+    closed += f" and {told['gate_more']} more" if told["gate_more"] else ""
+    return f"{told['running']} running, {told['queued']} queued, {told['waiting']} waiting{closed}"
+
+
+def _until(reason: str, facts: Mapping[str, object]) -> str:
+    """A reason of the gate, with the local time until which it is closed, if that is known."""
+    try:
+        until = time.localtime(clock.epoch(str(facts["until"])))
+    except (KeyError, ValueError):
+        return reason
+    today = time.localtime()[:3] == until[:3]
+    return f"{reason} until {time.strftime('%H:%M' if today else '%Y-%m-%d %H:%M', until)}"
 
 
 def read(path: Path) -> tuple[float, dict[str, object]] | None:

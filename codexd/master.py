@@ -159,6 +159,7 @@ class Master:
             self.keeper.look,
             self.take,
             self.attempts.collect,
+            self.hold,
             self.attempts.awake,
             self.probe.tend,  # so that no task goes by what it is about to forget
             self.attempts.dispatch,
@@ -182,6 +183,10 @@ class Master:
                 self.say(event)
             # Before they can start: cancelled or held, they must not cost a turn.
             self.controls.obey(self.controls.waiting, self.record)
+
+    def hold(self, now: float) -> None:
+        """Tasks that were to be held and have stopped running, before they can start again."""
+        self.controls.obey(self.controls.waiting, self.record)
 
     # --- the rest ---------------------------------------------------------------------
 
@@ -224,6 +229,7 @@ class Master:
             "file_limit": self.config.limits.file,
             "trouble": self.trouble,
             "damaged": self.ledger.book.lost,
+            "ended": self.ledger.book.ended,
             **self.keeper.summary(),
             "workdir_sharing": self.config.workdir_sharing,
             "hooks": self.hooks.summary(),
@@ -232,7 +238,7 @@ class Master:
     def beat(self) -> None:
         """Tell readers how things are."""
         told = self.summary()
-        self.service.status(_one_line(told))
+        self.service.status(heartbeat.line(told))
         try:
             heartbeat.write(self.dirs.heartbeat, told)
         except OSError as error:
@@ -269,13 +275,6 @@ class Master:
         except OSError as error:
             self.refused(error)  # the next start does what was left
         raise StopIteration
-
-
-def _one_line(told: dict[str, object]) -> str:
-    gate = told["gate"]
-    closed = f"; closed: {', '.join(gate)}" if isinstance(gate, dict) and gate else ""
-    closed += f" and {told['gate_more']} more" if told["gate_more"] else ""
-    return f"{told['running']} running, {told['queued']} queued, {told['waiting']} waiting{closed}"
 
 
 def run(

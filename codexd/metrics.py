@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from codexd import __version__
+from codexd import __version__, clock
 from codexd.model import State
+from codexd.outcome import Outcome
 
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Always there, for alerts.
@@ -23,6 +24,8 @@ def render(
     gate = health.get("gate")
     closed = frozenset(gate) if isinstance(gate, dict) else frozenset()
     today, hooks = health.get("today"), health.get("hooks")
+    told = health.get("ended")
+    ended = told if isinstance(told, Mapping) else None
     live = [state.value for state in State if not state.ended]
     return "".join(
         (
@@ -39,6 +42,17 @@ def render(
                 "gate_closed",
                 "Whether dispatch is held, by reason.",
                 [("reason", r, r in closed) for r in sorted(REASONS | closed)],
+            ),
+            _gauge(
+                "gate_until_timestamp_seconds",
+                "When dispatch goes on, by reason, where that is known.",
+                [("reason", r, at) for r, at in sorted(_untils(gate))],
+            ),
+            _family(
+                "tasks_ended_total",
+                "counter",
+                "Tasks that have ended since the master was started, by outcome.",
+                [("outcome", o, ended.get(o, 0)) for o in Outcome] if ended is not None else [],
             ),
             _single(
                 "tokens_today",
@@ -58,6 +72,14 @@ def render(
             ),
         )
     )
+
+
+def _untils(gate: object) -> Iterator[tuple[str, float]]:
+    for reason, facts in gate.items() if isinstance(gate, Mapping) else ():
+        try:
+            yield reason, clock.epoch(str(facts["until"]))
+        except (KeyError, TypeError, ValueError):
+            continue  # nobody knows
 
 
 def _single(name: str, help: str, value: object) -> str:

@@ -187,7 +187,8 @@ class Task:
 
     Times are RFC 3339 UTC text with milliseconds.  `launches` numbers the
     attempt directories (N); `attempts` counts those that count against the
-    limit, `interruptions` those that do not.  `after` are the ids of tasks that
+    limit, `interruptions` those that do not; `refusals` those of the latter that met an
+    open gate, after another task had shown that it may be open.  `after` are the ids of tasks that
     must be done before it starts, `not_before` is the time before which it does not;
     `delay` is how many seconds that was when it was accepted, if it was no time.
     """
@@ -212,6 +213,7 @@ class Task:
     launches: int = 0
     attempts: int = 0
     interruptions: int = 0
+    refusals: int = 0
     limit: int = 3
     cancel: bool = False
     after: tuple[str, ...] = ()
@@ -248,7 +250,7 @@ class IllegalEvent(ValueError):
 
 _TEXTS = ("session", "file", "title", "key", "retry_of", "workdir", "profile", "created", "started",
           "ended", "outcome", "message", "until", "reason", "not_before", "thread")  # fmt: skip
-_NUMBERS = ("priority", "launches", "attempts", "interruptions", "limit")
+_NUMBERS = ("priority", "launches", "attempts", "interruptions", "refusals", "limit")
 FACTS: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(_TEXTS, str),
     **dict.fromkeys(_NUMBERS, int),

@@ -109,15 +109,15 @@ class Orders:
 
     def _preamble(self, task: Task, thread: str | None) -> str:
         """What the model must know before a task that has run already."""
-        begun = any(self.finish.evidence.began(task.id, n) for n in range(1, task.launches + 1))
-        if not begun:
+        evidence = self.finish.evidence
+        if not any(evidence.began(task.id, n) for n in range(1, task.launches + 1)):
             return ""
         if thread:
             return prompt.RESUMED
         path = self.dirs.transcripts / f"{session.stem(task.session_name)}.jsonl"
         records = [r for r in transcript.last(path, 20) if not _asked(r, task.id)]
-        said = prompt.summary(records, self.config.memory.chars)
-        return f"{prompt.FRESH}\n\n{said}" if said else ""
+        begun, did = evidence.acted(task)
+        return prompt.fresh(begun, did, prompt.summary(records, self.config.memory.chars))
 
 
 def _rg(binary: str) -> str | None:

@@ -22,6 +22,7 @@ from codexd.model import State, check
 
 _STEM = re.compile(r"[^A-Za-z0-9._-]")
 _MODE = 0o750
+_BESIDE = 4096  # bytes: two names, of up to four bytes a character, and the words
 
 
 def store(dirs: Directories, id: str, task: dict[str, object]) -> None:
@@ -35,6 +36,19 @@ def load(dirs: Directories, id: str) -> dict[str, object]:
 
 
 # --- a task's own directory ---------------------------------------------------------
+
+
+def beside(dirs: Directories, id: str) -> Path:
+    """Where it says who worked in the same directory at the same time."""
+    return dirs.tasks / id / "beside"
+
+
+def told_beside(dirs: Directories, id: str) -> str:
+    """What it says there; "" for nothing."""
+    try:
+        return durable.read(beside(dirs, id), _BESIDE).decode("utf-8", "replace")
+    except (FileNotFoundError, ValueError):
+        return ""  # nothing was noted, or it is damaged: no reason to keep the answer back
 
 
 def attempt(dirs: Directories, id: str, number: int) -> Path:

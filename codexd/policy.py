@@ -14,6 +14,7 @@ from codexd.model import Kind
 from codexd.outcome import Outcome
 
 INTERRUPTIONS = 5  # uncounted restarts of one task; a poison task must end too
+REFUSALS = 10  # of one task, by what others of its credential do not meet; the same
 
 
 class Then(StrEnum):
@@ -22,6 +23,7 @@ class Then(StrEnum):
     END = "end"  # nothing to gain from trying again
     RETRY = "retry"  # again after a pause, while attempts are left
     RESTART = "restart"  # again at once, not counted: the host stopped it
+    WAIT = "wait"  # again after a pause, not counted: somebody else has to end
     GATE = "gate"  # again when the gate opens, not counted
     FRESH = "fresh"  # again at once, in a new thread
 
@@ -39,7 +41,7 @@ TABLE: dict[Outcome, Then] = {
     Outcome.HOST: Then.RETRY,
     Outcome.RATE: Then.RETRY,
     Outcome.TRANSIENT: Then.RETRY,
-    Outcome.THREAD_BUSY: Then.RETRY,
+    Outcome.THREAD_BUSY: Then.WAIT,
     Outcome.THREAD_LOST: Then.FRESH,
     Outcome.CONTEXT_FULL: Then.FRESH,
     Outcome.CONFIG: Then.END,
@@ -60,8 +62,8 @@ ANSWERED = frozenset(
 )
 
 # Said before a turn began, these tell nothing of the task: Codex raced another start
-# for its databases, or somebody else was in the thread.
-PREMATURE = frozenset({Outcome.TRANSIENT, Outcome.THREAD_BUSY})
+# for its databases.
+PREMATURE = frozenset({Outcome.TRANSIENT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,8 @@ class Step:
 
     `delay` seconds until it may start again; `counted` whether the attempt
     counts against the limit; `fresh` whether the next one begins a new thread;
-    `close` whether the gate closes for the outcome.
+    `close` whether the gate closes for the outcome; `patient` whether that it waits says
+    nothing against the task, however often.
     """
 
     kind: Kind
@@ -78,6 +81,7 @@ class Step:
     counted: bool = True
     fresh: bool = False
     close: bool = False
+    patient: bool = False
 
 
 def after(
@@ -90,20 +94,30 @@ def after(
     base: float,
     cap: float,
     chance: float,
+    launches: int = 1,
     outage: bool = False,
+    unfit: bool = False,
+    refusals: int = 0,
 ) -> Step:
     """The step after an attempt that came to `outcome`.
 
-    `turned`: a turn had begun; `attempts` counts this one; `limit` is the most there
-    may be; `outage`: others of its credential fail like it.
+    `turned`: a turn had begun; `attempts` counts this one, as does `launches`, which
+    leaves none out; `limit` is the most there may be; `outage`: others of its credential
+    fail like it; `unfit`: no other could be run either; `refusals` is how often it met,
+    with this time, what others do not.
     """
     then = TABLE[outcome]
     if outcome is Outcome.DONE:
         return Step(Kind.DONE)
     if outcome is Outcome.CANCELLED:
         return Step(Kind.CANCELLED)
-    if then is Then.GATE or (outage and may_be_outage(outcome, turned)):
-        return Step(Kind.QUEUED, counted=False, close=True)
+    if then is Then.GATE or unfit or (outage and may_be_outage(outcome, turned)):
+        if refusals >= REFUSALS:
+            return Step(Kind.FAILED, close=True)
+        return Step(Kind.QUEUED, counted=False, close=True, patient=True)
+    if then is Then.WAIT:
+        pause = backoff(launches, base, cap, chance)
+        return Step(Kind.WAITING, delay=pause, counted=False, patient=True)
     if then is Then.RESTART and interruptions < INTERRUPTIONS:
         return Step(Kind.QUEUED, counted=False)
     if outcome is Outcome.THREAD_LOST and interruptions < INTERRUPTIONS:

@@ -11,9 +11,10 @@ RESUMED = (
     "be done: look at the state of the files first, then finish what is missing. The whole task "
     "follows again."
 )
-FRESH = (
-    "The earlier conversation of this session could not be continued, so this is a new thread. "
-    "What was said last:"
+FRESH = "The earlier conversation of this session could not be continued, so this is a new thread."
+BEGUN = (
+    "An earlier attempt at the task below was begun in it. Part of it may already be done: look "
+    "at the state of the files first, then finish what is missing."
 )
 
 
@@ -22,6 +23,18 @@ def build(*, header: str, preamble: str, memory: str, policy: str, message: str)
     parts = [header, preamble, memory, policy]
     above = "\n\n".join(part.strip() for part in parts if part.strip())
     return f"{above}\n\n---\n\n{message}\n" if above else f"{message}\n"
+
+
+def fresh(begun: bool, did: str, said: str) -> str:
+    """What a new thread must know of the one that it takes the place of; "" if nothing.
+
+    `begun`: the task itself may have been worked at there; `did` is the last that was done
+    for it, `said` a summary of what was said.
+    """
+    parts = [BEGUN] if begun else []
+    parts += [f"The last that was done for it:\n\n> {did}"] if did else []
+    parts += [f"What was said last:\n\n{said}"] if said else []
+    return "\n\n".join([FRESH, *parts]) if parts else ""
 
 
 def unverified(command: str, status: int, output: str, cut: bool, nonce: str, left: int) -> str:

@@ -10,6 +10,7 @@ Leaner than lean: every task waits for it.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
@@ -111,7 +112,7 @@ class Attempt:
         self.cwd = self.workdir()
         try:
             os.chdir(self.cwd)
-        except PermissionError as problem:
+        except OSError as problem:  # no fault of Codex's place or of the host at large
             raise Unfit(f"workdir {self.cwd} cannot be entered: {problem.strerror}") from None
 
     def sandbox(self) -> str:
@@ -273,7 +274,8 @@ def why_not(problem: Exception) -> tuple[Outcome, str]:
     """Outcome and sentence for what kept Codex from starting."""
     from codexd.outcome import Outcome
 
-    if isinstance(problem, Unfit | ValueError):
+    too_long = isinstance(problem, OSError) and problem.errno == errno.E2BIG
+    if too_long or isinstance(problem, Unfit | ValueError):
         return Outcome.CONFIG, str(problem)
     if isinstance(problem, lock.Locked):
         return Outcome.THREAD_BUSY, f"{problem} is written by another process"

@@ -98,6 +98,14 @@ _STARTUP = (
 )
 # What of these means that the databases in CODEX_HOME are damaged.
 _CORRUPT = r"list_turns is not supported yet|disk image is malformed|file is not a database"
+# What tells that no other task could be run either: Codex is not there, or cannot keep what
+# it writes.  A panic is not among it, which what a task says may cause as well.
+_GENERAL = (
+    r"cannot start Codex: |^Codex ended with status 12[67]\b|^Failed to save the conversation"
+    r"|\(os error (?:5|13|23|24|28|30|122)\)|^Error finding codex home|^Error: .*unable to open"
+    r"|failed to initialize in-process app-server client|codex-linux-sandbox was required"
+    r"|^(?:Error: )?(?:Codex cannot access session files|Session storage )"
+)
 _LOG_LINE = r"\d{4}-\d\d-\d\dT\S+\s+[A-Z]+ |WARNING: |Reading .* from stdin\.\.\."
 
 _STOPPED = {
@@ -266,6 +274,12 @@ def classify(message: str) -> Outcome:
 def is_corrupt(outcome: Outcome, message: str) -> bool:
     """Whether it came to that because Codex's databases are damaged; it can do without."""
     return outcome is Outcome.HOST and bool(re.match(rf"Error: .*(?:{_CORRUPT})", message))
+
+
+def is_general(outcome: Outcome, message: str) -> bool:
+    """Whether it came to that because of what every task would meet here."""
+    general = outcome is Outcome.HOST and bool(re.search(_GENERAL, message))
+    return general or is_corrupt(outcome, message)
 
 
 def _by_status(status: int, text: str) -> Outcome:

@@ -22,14 +22,15 @@ from codexd.outcome import Outcome
 from codexd.replies import Answer, Turn
 from codexd.spend import Spend
 from tests.daemon import Daemon, until
+from tests.proof.level import pick
 from tests.scripted_cases import ENDINGS, CaseModel
 from tests.test_failures import Seen, health, prepared
 
 FAKE = Path(__file__).parent / "bin" / "codex"
 CONFIG = "workers: 4\nhttp:\n  listen: off\n"
 TASKS = 20
-# Seconds until the account is good again; DRY=90 for a longer drought.
-RESET = int(os.environ.get("DRY", "1"))
+# Seconds until the account is good again.
+RESET = int(os.environ.get("DRY") or pick(1, 90, 90))
 
 
 class DryModel(CaseModel):
@@ -235,7 +236,7 @@ def test_what_the_model_answers_ends_the_row(tmp_path: Path) -> None:
     one.keeper.met(Outcome.TRANSIENT, "no capacity")
     assert fails(a)
     assert one.is_due("transient", 11)
-    one.keeper.passed({"transient"})
+    one.keeper.passed({"transient"}, d.id)
     assert not any(fails(task) for task in (a, b, c))
 
 
@@ -286,7 +287,7 @@ def test_pauses_of_unknown_length_grow_with_the_probes_alone(tmp_path: Path) -> 
         assert not one.is_due("quota", pause - 1)
         assert one.is_due("quota", pause + 1)
     assert one.ledger.path.read_text().count("**closed**") == 1
-    one.keeper.passed({"quota"})
+    one.keeper.passed({"quota"}, "x")
     assert not one.keeper.closed
 
 
@@ -297,11 +298,11 @@ def test_each_credential_has_its_own_pause(tmp_path: Path) -> None:
     one.keeper.met(Outcome.AUTH, words, "work")
     one.keeper.met(Outcome.HOST, words, "work")
     assert set(one.keeper.closed) == {"quota", "auth:work", "host"}
-    one.keeper.passed({"quota", "host"})
+    one.keeper.passed({"quota", "host"}, "x")
     assert set(one.keeper.closed) == {"auth:work"}
     assert one.is_due("auth:work", 61)
     one.keeper.close("hold", "held by hand")
-    one.keeper.passed({"hold"})
+    one.keeper.passed({"hold"}, "x")
     assert "hold" in one.keeper.closed
 
 

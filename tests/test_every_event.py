@@ -2,7 +2,9 @@
 is that of the resumed turn.
 
 Worker, Codex, or both are killed when the real CLI has just printed the event, in the
-first turn of a thread and in a later one.
+first turn of a thread and in a later one.  Two events the stand-in prints instead:
+`item.updated`, because the CLI of today offers its model no plan, and `turn.completed`,
+because it exits at once.
 """
 
 from __future__ import annotations
@@ -10,11 +12,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from codexd.replies import Answer, Turn, call_shell, completed, message, slow
+from codexd.replies import (
+    Answer,
+    Turn,
+    call_shell,
+    completed,
+    message,
+    new_file,
+    patch,
+    slow,
+)  # fmt: skip
 from tests.daemon import Daemon, until
 from tests.processes import codex_of, gone, kill, worker_of
 from tests.scripted_cases import CaseModel
@@ -22,6 +34,7 @@ from tests.test_failures import front_matter, id_of, prepared
 
 pytestmark = pytest.mark.xdist_group("every-event")
 
+FAKE = Path(__file__).parent / "bin" / "codex"
 CONFIG = "workers: 16\nretry:\n  base: 1s\n  cap: 1s\nhttp:\n  listen: off\n"
 Event = dict[str, Any]
 
@@ -36,6 +49,7 @@ EVENTS: dict[str, tuple[Callable[[Event], bool], int]] = {
     "turn.started": (_is("turn.started"), 0),
     "item.started": (_is("item.started", "command_execution"), 1),
     "item.completed": (_is("item.completed", "command_execution"), 2),
+    "file_change": (_is("item.completed", "file_change"), 4),
     "before turn.completed": (_is("item.completed", "agent_message"), 3),
 }
 WHO: dict[str, Callable[[str], list[int]]] = {
@@ -65,9 +79,11 @@ class Halting(CaseModel):
         door = self._door(f"never {name}")
         if at == 0:
             return slow(door, [message("too late")])
+        if not turn.tool_outputs and at == 4:
+            return patch(turn, new_file(f"{name}.txt", "half"))
         if not turn.tool_outputs:
             return call_shell(turn, "sleep 60" if at == 1 else "true")
-        if at == 2:
+        if at in (2, 4):
             return slow(door, [message("too late")])
         return [message(f"cut short {name}"), door, completed()]
 
@@ -125,3 +141,48 @@ def test_killed_at_an_event(
         assert "An earlier attempt" in prompts[-1]
     assert not any(e["type"] == "turn.completed" for e in before)
     gone(id)
+
+
+# --- the last event, and one of old versions ------------------------------------------------
+
+# the event, who is killed, the task's check: what the attempt comes to, its message, attempts
+LAST = {
+    "completed, worker": ("turn.completed", "worker", "", "done", "the turn was complete when", 1),
+    "completed, both": ("turn.completed", "both", "", "done", "the turn was complete when", 1),
+    "completed, codex": ("turn.completed", "codex", "", "signal", "killed by signal 9", 2),
+    "completed, unchecked": (
+        "turn.completed", "worker", "verify: {command: 'true', rounds: 1}", "interrupted",
+        "killed before the task's check had passed", 1,
+    ),
+    "updated, worker": ("item.updated", "worker", "", "interrupted", "in the middle of the tur", 1),
+    "updated, codex": ("item.updated", "codex", "", "signal", "killed by signal 9", 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAST)
+def test_killed_at_an_event_of_the_stand_in(tmp_path: Path, case: str) -> None:
+    event, who, options, outcome, words, attempts = LAST[case]
+    effects = tmp_path / "effects"
+    mode = "hang-completed" if event == "turn.completed" else "hang-updated"
+    with Daemon(tmp_path / "root", config=f"codex:\n  bin: {FAKE}\n{CONFIG}") as daemon:
+        settings = {"mode": f"{mode},answer", "effects": str(effects)}
+        (daemon.dirs.codex_home / "fake.json").write_text(json.dumps(settings))
+        daemon.drop("t.md", front_matter(options) + "Do all of this.")
+        id = id_of(daemon, "t.md")
+        until(lambda: any(map(_is(event), said(daemon, id))), event)
+        kill(WHO[who](id))
+        front, text = daemon.answer("t", 60)
+        assert (front["state"], front["attempts"]) == ("done", attempts), front
+        starts = [line.split()[0] for line in effects.read_text().splitlines()]
+        if outcome == "done":
+            assert starts == ["new"], "what was complete is not run again"
+            assert words in front["message"]
+            assert text.startswith("answer 1 to ")
+        else:
+            assert starts == ["new", front["thread"]]
+            (back,) = (e for e in daemon.events() if f'reason="{outcome}"' in e and id in e)
+            assert words in back
+        if event == "item.updated":
+            told = (daemon.dirs.transcripts / f"{id}.jsonl").read_text().splitlines()
+            assert json.loads(told[1])["text"] == "First I look.", "it was read, and is kept"
+        gone(id)

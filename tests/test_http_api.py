@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import pytest
 
-from codexd import openapi, taskfile
+from codexd import metrics, openapi, taskfile
 from codexd.api import WAITERS, Api
 from codexd.config import Directories, load
 from codexd.ledger import seal
@@ -440,6 +440,28 @@ def test_metrics(held: Web) -> None:
     queued = next(line for line in lines if line.startswith('codexd_tasks{state="queued"}'))
     assert int(queued.split()[1]) == held.ask("GET", "/health").json["queued"]
     assert any(line.startswith('codexd_http_replies_total{code="200"} ') for line in lines)
+
+
+def test_metrics_of_what_ended_and_of_the_end_that_is_known(working: Web) -> None:
+    def counted(outcome: str) -> int:
+        lines = working.ask("GET", "/metrics").body.decode().splitlines()
+        name = f'codexd_tasks_ended_total{{outcome="{outcome}"}} '
+        return next(int(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+    until(lambda: "codexd_up 1" in working.ask("GET", "/metrics").body.decode(), "its heartbeat")
+    done, failed = counted("done"), counted("config")
+    assert counted("oom") == 0
+    id = working.post("/tasks", {"prompt": "x"}).json["id"]
+    ended(working, id)
+    never = {"prompt": "x", "session": "none yet", "resume": "always"}
+    ended(working, working.post("/tasks", never).json["id"])
+    until(lambda: counted("done") == done + 1, "one more that is done")
+    assert counted("config") == failed + 1
+    gate = {"quota:w": {"until": "1970-01-01T01:00:00.500Z"}, "auth": {}, "host": None}
+    lines = metrics.render({"status": "quota", "gate": gate}, {}, {}).splitlines()
+    told = [line for line in lines if line.startswith("codexd_gate_until_timestamp_seconds")]
+    assert told == ['codexd_gate_until_timestamp_seconds{reason="quota:w"} 3600.5']
+    assert not [line for line in lines if line.startswith("codexd_tasks_ended_total")]
 
 
 def test_a_ledger_of_a_newer_version_is_told(tmp_path: Path) -> None:

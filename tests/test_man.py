@@ -192,6 +192,7 @@ NEXT = {
     policy.Then.RETRY: "retried",
     policy.Then.RESTART: "restarted",
     policy.Then.GATE: "gate",
+    policy.Then.WAIT: "waits",
     policy.Then.FRESH: "new thread",
 }
 

@@ -13,6 +13,7 @@ from codexd.outcome import Outcome
 from codexd.policy import (
     INTERRUPTIONS,
     OUTAGE,
+    REFUSALS,
     TABLE,
     Step,
     after,
@@ -24,7 +25,8 @@ from codexd.policy import (
 DONE, FAILED = Step(Kind.DONE), Step(Kind.FAILED)
 AGAIN = Step(Kind.WAITING, delay=10.0)
 RESTART = Step(Kind.QUEUED, counted=False)
-GATE = Step(Kind.QUEUED, counted=False, close=True)
+GATE = Step(Kind.QUEUED, counted=False, close=True, patient=True)
+WAIT = Step(Kind.WAITING, delay=10.0, counted=False, patient=True)
 LOST = Step(Kind.QUEUED, counted=False, fresh=True)
 FRESH = Step(Kind.QUEUED, fresh=True)
 
@@ -44,7 +46,7 @@ EXPECTED = {
     Outcome.CONFIG: (FAILED, FAILED, FAILED),
     Outcome.HOST: (AGAIN, FAILED, AGAIN),
     Outcome.THREAD_LOST: (LOST, LOST, FRESH),
-    Outcome.THREAD_BUSY: (AGAIN, FAILED, AGAIN),
+    Outcome.THREAD_BUSY: (WAIT, WAIT, WAIT),
     Outcome.CONTEXT_FULL: (FRESH, FAILED, FRESH),
     Outcome.NO_ANSWER: (FAILED, FAILED, FAILED),
     Outcome.VERIFY: (FAILED, FAILED, FAILED),
@@ -61,6 +63,9 @@ def step(
     limit: int = 3,
     turned: bool = True,
     outage: bool = False,
+    launches: int = 1,
+    unfit: bool = False,
+    refusals: int = 0,
 ) -> Step:
     return after(
         outcome,
@@ -72,6 +77,9 @@ def step(
         cap=600.0,
         chance=1.0,
         outage=outage,
+        launches=launches,
+        unfit=unfit,
+        refusals=refusals,
     )
 
 
@@ -90,7 +98,7 @@ def test_after(outcome: Outcome) -> None:
 @pytest.mark.parametrize("outcome", Outcome)
 def test_before_a_turn_nothing_is_held_against_the_task(outcome: Outcome) -> None:
     first, last, worn = EXPECTED[outcome]
-    if outcome in (Outcome.TRANSIENT, Outcome.THREAD_BUSY):
+    if outcome is Outcome.TRANSIENT:
         first = last = Step(Kind.WAITING, delay=10.0, counted=False)
     assert step(outcome, turned=False) == first
     assert replace(step(outcome, attempts=3, turned=False), delay=last.delay) == last
@@ -116,17 +124,33 @@ def test_an_outage_is_of_several_attempts_of_several_tasks(failed: str, outage: 
 
 
 def test_what_is_not_counted_waits_ever_longer_too() -> None:
-    delays = [step(Outcome.THREAD_BUSY, 1, n, turned=False).delay for n in range(INTERRUPTIONS)]
+    delays = [step(Outcome.TRANSIENT, 1, n, turned=False).delay for n in range(INTERRUPTIONS)]
     assert delays == [10, 20, 40, 80, 160]
 
 
+def test_a_busy_thread_is_waited_for_however_long_that_takes() -> None:
+    steps = [step(Outcome.THREAD_BUSY, 1, 5, 1, turned=False, launches=n) for n in range(1, 1000)]
+    assert [one.delay for one in steps[:8]] == [10, 20, 40, 80, 160, 320, 600, 600]
+    assert all(replace(one, delay=10.0) == WAIT for one in steps)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.QUOTA, Outcome.AUTH, Outcome.HOST, Outcome.RATE])
+def test_only_what_others_do_not_meet_ends_a_task(outcome: Outcome) -> None:
+    """However often the gate was tried; it is that of the host or of an outage, too."""
+    met = {"attempts": 3, "outage": True, "unfit": outcome is Outcome.HOST}
+    assert step(outcome, **met, interruptions=9, launches=1000) == GATE
+    assert step(outcome, **met, refusals=REFUSALS - 1) == GATE
+    assert step(outcome, **met, refusals=REFUSALS) == Step(Kind.FAILED, close=True)
+
+
 @given(
-    st.lists(st.sampled_from([o for o in Outcome if not EXPECTED[o][0].close]), min_size=60),
+    st.lists(st.sampled_from([o for o in Outcome if not EXPECTED[o][0].patient]), min_size=60),
     st.integers(1, 20),
     st.booleans(),
 )
 def test_every_task_ends(outcomes: list[Outcome], limit: int, turned: bool) -> None:
-    """Whatever an attempt comes to, Codex is started limit + INTERRUPTIONS times at most."""
+    """Whatever an attempt comes to, Codex is started limit + INTERRUPTIONS times at most;
+    but while the gate is closed, or somebody else is in the thread, as often as that takes."""
     attempts = interruptions = starts = 0
     for outcome in outcomes:
         attempts, starts = attempts + 1, starts + 1

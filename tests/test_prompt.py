@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codexd.prompt import build, summary
+from codexd.prompt import BEGUN, FRESH, build, fresh, summary
 
 NONE = {"header": "", "preamble": "", "memory": "", "policy": ""}
 TEXT = st.text(max_size=60)
@@ -78,3 +78,16 @@ def test_a_summary_is_bounded_and_quoted(texts: list[str], chars: int) -> None:
     assert len(text) <= chars
     for line in text.split("\n") if text else []:
         assert line.startswith(">") or line in ("user:", "assistant:")
+
+
+@pytest.mark.parametrize(
+    ("begun", "did", "said", "expected"),
+    [
+        (False, "", "", []),
+        (False, "", "user:\n> a", [FRESH, "What was said last:", "user:\n> a"]),
+        (True, "", "", [FRESH, BEGUN]),
+        (True, "running: x", "", [FRESH, BEGUN, "The last that was done for it:", "> running: x"]),
+    ],
+)
+def test_what_a_new_thread_is_told(begun: bool, did: str, said: str, expected: list[str]) -> None:
+    assert fresh(begun, did, said) == "\n\n".join(expected)

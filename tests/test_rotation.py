@@ -60,6 +60,7 @@ FACTS: dict[str, st.SearchStrategy[Any]] = {
     "launches": st.integers(0, 9),
     "attempts": st.integers(0, 9),
     "interruptions": st.integers(0, 9),
+    "refusals": st.integers(0, 9),
     "limit": st.integers(1, 20),
     "cancel": st.booleans(),
     "after": st.lists(st.integers(1, 9).map(ident), max_size=3),

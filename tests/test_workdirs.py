@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from codexd import place
 from codexd.beside import Beside
 from codexd.config import Directories
 from codexd.model import State, Task
@@ -73,6 +74,30 @@ def test_both_are_told_when_both_may_have_written(tmp_path: Path, model: CaseMod
         said = end(daemon, model, "one")["message"]
         assert said.startswith(f"task {two.id} worked in {work}/a/below at the same time; both")
         assert daemon.json("task", "show", one.id)["message"] == said
+
+
+@pytest.mark.parametrize("end", ["failed", "cancelled", "cancelled later"])
+def test_who_is_not_done_is_told_as_well(tmp_path: Path, model: CaseModel, end: str) -> None:
+    """It has changed files all the same."""
+    with served(tmp_path / "root", model, CONFIG) as daemon:
+        last = "[[400]]" if end == "failed" else "[[first 1 insufficient]][[say x]]"
+        daemon.drop("bad.md", front_matter("workdir: a") + f"[[shell true]][[hold bad]]{last}")
+        bad = Seen(daemon, "bad.md")
+        model.wait_held("bad")
+        daemon.drop("good.md", front_matter("workdir: a") + "[[shell true]][[say good]]")
+        told = daemon.answer("good")[0]["message"]
+        assert told.startswith(f"task {bad.id} worked in ")
+        if end == "cancelled later":
+            model.release("bad")
+            bad.until("queued", "quota")
+        if end != "failed":
+            daemon.run("task", "cancel", bad.id)
+        model.release("bad")
+        front, _ = daemon.answer("bad")
+        assert front["state"] == end.split()[0]
+        good = Seen(daemon, "good.md").id
+        assert f"; task {good} worked in {daemon.dirs.work}/a at the same" in front["message"]
+        assert daemon.json("task", "show", bad.id)["message"] == front["message"]
 
 
 def test_one_after_the_other_is_nothing_to_tell(tmp_path: Path, model: CaseModel) -> None:
@@ -149,9 +174,9 @@ def test_names_that_are_long_and_notes_that_are_damaged(tmp_path: Path) -> None:
         attempt.mkdir(parents=True)
         (attempt / "attempt.json").write_text('{"sandbox": "workspace-write"}')
         (attempt / "events.jsonl").write_text('{"item": {"type": "command_execution"}}')
-    look = Beside(dirs, tasks, lambda *_, **__: None).look
-    said = look(tasks[one])
+    Beside(dirs, tasks, lambda *_, **__: None).look(tasks[one])
+    said = place.told_beside(dirs, one)
     assert said.startswith(f"task {other} of session {chr(0x20AC) * 60} worked in /w/ddd")
     assert said.endswith("… at the same time; both may have changed files there")
     (dirs.tasks / one / "beside").write_bytes(b"x" * 5000)
-    assert look(tasks[one]) == ""
+    assert place.told_beside(dirs, one) == ""
