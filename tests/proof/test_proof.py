@@ -59,6 +59,7 @@ def test_the_power_is_cut(figure: Figures, tmp_path: Path, kind: str) -> None:
     cuts = pick(10, 40, 200)
     (found,) = prove(figure, tmp_path / "table", "powercut", "--cuts", cuts, "--fs", kind)
     assert found["cuts"] == cuts
+    assert found["of_them_by_http"], "a 202 has to survive, too"
 
 
 def test_a_server_that_is_killed_while_it_starts_is_told(tmp_path: Path) -> None:
