@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,13 @@ def test_killed_at_random_moments(figure: Figures, tmp_path: Path) -> None:
     cycles = pick(300, 2000, 20_000)
     (found,) = prove(figure, tmp_path / "table", "kills", "--cycles", cycles)
     assert found["kills"] == cycles
+
+
+@pytest.mark.skipif(not find_spec("atheris"), reason="needs atheris (HACKING)")
+def test_input_that_coverage_guides(figure: Figures, tmp_path: Path) -> None:
+    runs = pick(2000, 100_000, 5_000_000)
+    (found,) = prove(figure, tmp_path / "table", "fuzz", "--runs", runs)
+    assert found["inputs"] == 5 * runs
 
 
 @needs_strace
