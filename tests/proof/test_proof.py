@@ -47,6 +47,14 @@ def test_killed_at_random_moments(figure: Figures, tmp_path: Path) -> None:
     assert found["kills"] == cycles
 
 
+def test_mixed_load_for_a_while(figure: Figures, tmp_path: Path) -> None:
+    """In short, the figures are only taken a few times: what grows at once is found."""
+    quick = ("--every", 2, "--rate", 10)
+    options = pick(("--hours", 0.004, *quick), ("--hours", 0.25, *quick), ("--hours", 48))
+    (found,) = prove(figure, tmp_path / "table", "soak", *options)
+    assert found["ended"]
+
+
 @pytest.mark.skipif(not find_spec("atheris"), reason="needs atheris (HACKING)")
 def test_input_that_coverage_guides(figure: Figures, tmp_path: Path) -> None:
     runs = pick(2000, 100_000, 5_000_000)
