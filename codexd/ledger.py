@@ -164,7 +164,8 @@ class Ledger:
             durable.write_all(self._fd, data)
         except OSError as error:
             try:
-                os.ftruncate(self._fd, size)
+                if os.fstat(self._fd).st_size != size:  # else it may be read-only for a while
+                    os.ftruncate(self._fd, size)
             except OSError as second:
                 raise LedgerBroken(f"cannot cut a half-written batch: {second}") from error
             raise LedgerFull(error.errno, f"cannot write the ledger: {error.strerror}") from error

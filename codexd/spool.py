@@ -89,7 +89,7 @@ def prepare(dirs: Directories) -> None:
     _make(dirs.hooks, _STATE_MODE)
     _make(dirs.inbox, _INBOX_MODE)
     _make(dirs.codex_home, 0o700)
-    _same_file_system(dirs.inbox, dirs.tasks)
+    _same_file_systems(dirs)
     for path in (dirs.rejected, dirs.answers, dirs.sessions, dirs.keys, dirs.usage):
         durable.sweep(path)
     durable.sweep(dirs.ledger.parent)
@@ -106,11 +106,23 @@ def _make(path: Path, mode: int) -> None:
         raise PermissionError(errno.EACCES, "codexd may not write here", str(path))
 
 
+def _same_file_systems(dirs: Directories) -> None:
+    """What is renamed or linked from one directory to another needs one below both."""
+    for one, other in (
+        (dirs.rejected, dirs.inbox),
+        (dirs.archive, dirs.tasks),
+        (dirs.archive, dirs.ledger.parent),
+    ):
+        _same_file_system(one, other)
+    if dirs.inbox.parent == dirs.tasks.parent:
+        # Of one root nobody expects that its inbox fills up while there is room for tasks.
+        _same_file_system(dirs.inbox, dirs.tasks)
+
+
 def _same_file_system(one: Path, other: Path) -> None:
-    # Files of the inbox are moved to rejected/ and copied to tasks/; a rename
-    # over a mount point fails, and two disks fill up one without the other.
-    if one.stat().st_dev != other.stat().st_dev and one.parent == other.parent:
-        raise OSError(errno.EXDEV, f"must be on the file system of {other}", str(one))
+    if one.stat().st_dev != other.stat().st_dev:
+        why = f"it must be on the file system of {other}, and is on another"
+        raise OSError(errno.EXDEV, f"{why}; unmount one, or mount one below both", str(one))
 
 
 def free_bytes(path: Path) -> int:

@@ -7,6 +7,32 @@ from collections.abc import Generator
 
 import pytest
 
+from tests.proof.level import LEVEL, MARK, seed
+
+
+def pytest_configure() -> None:
+    """Draw the seed before xdist starts its workers, which inherit it."""
+    seed()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The figures of all proofs, in one table, and what plays the run again.
+
+    Here, because the process that xdist's workers report to loads only the first conftest.
+    """
+    reports = [
+        r for kind in ("passed", "failed", "error") for r in terminalreporter.getreports(kind)
+    ]
+    told = {
+        (str(r.nodeid).rpartition("/")[2].partition("::")[0], name.removeprefix(MARK), str(value))
+        for r in reports
+        for name, value in r.user_properties
+        if name.startswith(MARK)
+    }
+    terminalreporter.section(f"proofs: {LEVEL}, SEED={seed()}")
+    for where, name, value in sorted(told):
+        terminalreporter.write_line(f"{where:<20} {name:<46} {value}")
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(

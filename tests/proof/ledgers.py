@@ -26,6 +26,7 @@ class Reader:
         self.kinds: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()  # by id
         self.starts: Counter[str] = Counter()
+        self.done: set[str] = set()
         self.outcomes: Counter[str] = Counter()
         self.complaints: Counter[str] = Counter()  # outcome and message of what was not done
         self.files: dict[str, str] = {}  # by id
@@ -55,7 +56,9 @@ class Reader:
             self.ends[event.id] += 1
             outcome = str(event.facts.get("outcome", event.kind))
             self.outcomes[outcome] += 1
-            if event.kind is not Kind.DONE:
+            if event.kind is Kind.DONE:
+                self.done.add(event.id)
+            else:
                 self.complaints[f"{outcome}: {event.facts.get('message')}"] += 1
         elif event.kind is Kind.RUNNING:
             self.starts[event.id] += 1

@@ -3,7 +3,7 @@
 PROOF=short (the default, inside `make test`), full (`make proof`) or long
 (`make proof-long`); SEED replays a run.  A proof asks `pick` for its size, takes
 its chances from `chances`, and tells `Figures` what it measured: the table of them
-is printed at the end of the run.
+is printed at the end of the run, with the seed (tests/conftest.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Level(StrEnum):
     LONG = "long"
 
 
+MARK = "figure: "  # begins the names of figures among what else tests record
 LEVEL = Level(os.environ.get("PROOF") or "short")
 
 
@@ -38,9 +39,8 @@ def chances(name: str) -> random.Random:
     return random.Random(f"{name} {seed()}")
 
 
-_SEED = os.environ.get("SEED") or secrets.token_hex(4)
-
-
 def seed() -> str:
-    """What replays this run: SEED=… make proof."""
-    return os.environ.setdefault("SEED", _SEED)
+    """What replays this run: SEED=… make proof.  Children, those of xdist too, have the same."""
+    if not os.environ.get("SEED"):
+        os.environ["SEED"] = secrets.token_hex(4)
+    return os.environ["SEED"]

@@ -42,6 +42,7 @@ http:
 """
 NIGHTLY = "---\noverlap: queue\n---\nLook after the house.\n"
 QUOTA, CRASH, WELL = "replay:e429usage", "crash", "answer"
+MISFORTUNES = {QUOTA, CRASH, "full disk", "reboot in a turn", "dead worker", "compact"}
 
 _NOT_ITS = ("ballast", "serve.log")
 
@@ -66,7 +67,8 @@ class Month:
         self.met: Counter[str] = Counter()  # what was done to it
         self.sizes: list[Size] = []
         self.until: dict[str, float] = {}  # of what goes on for hours: when it ends
-        self.deck: list[Callable[[], None]] = []
+        self.deck: list[Callable[[], bool]] = []
+        self.untouched: set[str] = set()  # tasks that came and ended while all was well
         self.mode = WELL
         self.number = 0
 
@@ -80,15 +82,20 @@ class Month:
 
     def hour(self) -> None:
         end = self.daemon.clock.now + self.step
-        self.daemon.reader.read()  # before anything can ask for a rotation
+        reader = self.daemon.reader
+        reader.read()  # before anything can ask for a rotation
+        before, well = set(reader.files), not self.until
         self.better()
-        self.misfortune()
+        well = not self.misfortune() and well
         self.work()
         self.daemon.quiet()
         while (due := self.due()) < end:
             self.daemon.advance(max(1.0, due - self.daemon.clock.now))
             self.daemon.quiet()
         self.daemon.advance(end - self.daemon.clock.now)
+        reader.read()
+        if well:
+            self.untouched |= reader.ends.keys() - before
 
     def due(self) -> float:
         """When the next waiting task, or the gate, is due."""
@@ -140,25 +147,32 @@ class Month:
 
     # --- misfortune -----------------------------------------------------------------
 
-    def misfortune(self) -> None:
+    def misfortune(self) -> bool:
         """Sometimes; each of them comes before any comes again."""
         if self.chance.random() > (0.15 if self.step < 4 * HOUR else 0.4):
-            return
+            return False
         if not self.deck:
             self.deck = [self.spent, self.crashes, self.full, self.reboot, self.worker_dies,
                          self.reboot, self.worker_dies, self.compact]  # fmt: skip
             self.chance.shuffle(self.deck)
-        self.deck.pop()()
+        if not self.deck[-1]():
+            self.chance.shuffle(self.deck)  # its time will come
+        else:
+            self.deck.pop()
+        return True
 
-    def spent(self) -> None:
+    def spent(self) -> bool:
         self.behave(QUOTA, 7 * HOUR)
+        return True
 
-    def crashes(self) -> None:
+    def crashes(self) -> bool:
         self.behave(CRASH, 2 * HOUR)
+        return True
 
-    def compact(self) -> None:
+    def compact(self) -> bool:
         (self.daemon.dirs.inbox / "all.compact").touch()
         self.met["compact"] += 1
+        return True
 
     def better(self) -> None:
         """End what has gone on for long enough."""
@@ -176,7 +190,7 @@ class Month:
         """What Codex does from now on."""
         self.mode = mode
         path = self.daemon.dirs.codex_home / "fake.json"
-        told = {"mode": mode, "delay": delay, "effects": str(self.effects)}
+        told = {"mode": mode, "delay": delay, "dump": str(self._dump)}
         path.with_suffix(".new").write_text(json.dumps(told))
         path.with_suffix(".new").rename(path)
         if seconds:
@@ -184,42 +198,56 @@ class Month:
             self.until["codex"] = self.daemon.clock.now + seconds
 
     @property
-    def effects(self) -> Path:
-        return self.daemon.root.parent / "effects"
+    def _dump(self) -> Path:
+        return self.daemon.root.parent / "dump"
 
-    def full(self) -> None:
+    def starts(self) -> Counter[tuple[str, str]]:
+        """Each attempt (ID, N) that Codex says it was started for, and how often."""
+        found: Counter[tuple[str, str]] = Counter()
+        for line in self._dump.read_text().splitlines():
+            argv = json.loads(line)["argv"]
+            id, number = argv[argv.index("-o") + 1].split("/")[-3:-1]
+            found[id, number] += 1
+        return found
+
+    def full(self) -> bool:
         if self.until:
-            return
+            return False
         fill(self.daemon.root)
         self.met["full disk"] += 1
         self.until["disk"] = self.daemon.clock.now + 3 * HOUR
         self.daemon.wake()
+        return True
 
-    def in_a_turn(self) -> None:
+    def in_a_turn(self) -> bool:
         """Wait until Codex is in the middle of a turn, where it can be."""
         if self.mode != WELL or self.until:
-            return
+            return False
         self.behave(WELL, 0, delay=20.0)
         self.drop("", "hit.md")
         until(lambda: self.turns() or self.daemon.reader.book().gate, "a turn")
         self.behave(WELL, 0)
+        return self.turns()
 
     def turns(self) -> bool:
         mine = str(self.daemon.root)
         return any("exec" in argv and mine in " ".join(argv) for argv in commands().values())
 
-    def reboot(self) -> None:
+    def reboot(self) -> bool:
         """Everything is gone at once."""
-        self.in_a_turn()
-        self.met["reboot"] += 1
+        self.met["reboot in a turn" if self.in_a_turn() else "reboot"] += 1
         self.daemon.kill()
         self.daemon.start()
+        return True
 
-    def worker_dies(self) -> None:
-        self.in_a_turn()
+    def worker_dies(self) -> bool:
+        """Somewhere in its turn."""
+        if not self.in_a_turn():
+            return False
         mine = str(self.daemon.dirs.tasks)
         kill([p for p, argv in commands().items() if "--tasks" in argv and mine in argv])
         self.met["dead worker"] += 1
+        return True
 
     # --- what it came to --------------------------------------------------------------
 

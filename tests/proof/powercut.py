@@ -56,14 +56,20 @@ class Disk:
     """A file system of its own, whose power can be cut."""
 
     def __init__(self, home: Path, kind: str) -> None:
-        self.image, self.top = home / "image", home / "disk"
+        self.image, self.top, self.kind = home / "image", home / "disk", kind
         self.top.mkdir()
         with open(self.image, "wb") as file:
             file.truncate(_SIZE)
         run(f"mkfs.{kind}", "-q", *(["-F"] if kind == "ext4" else []), self.image)
 
     def mount(self) -> None:
-        run("mount", "-o", "loop", self.image, self.top)
+        run("mount", "-o", "loop,errors=remount-ro" if self.kind == "ext4" else "loop",
+            self.image, self.top)  # fmt: skip
+
+    def fail(self) -> None:
+        """As after an error of the disk: ext4 takes no more writes until it is mounted anew."""
+        device = subprocess.check_output(["findmnt", "-no", "SOURCE", self.top], text=True)
+        Path("/sys/fs/ext4", Path(device.strip()).name, "trigger_fs_error").write_text("1")
 
     def unmount(self) -> None:
         """Once nothing uses it any more."""
@@ -83,7 +89,7 @@ def cut(home: Path, kind: str, chance: random.Random, figures: Counter[str]) -> 
     disk.mount()
     place = None
     try:
-        place = Place(home, disk.top / "root")
+        place = Place(home, disk.top / "root", http=True)
         place.work(0.0, 0.4)
         os.sync()
         place.launch()
@@ -103,7 +109,7 @@ def cut(home: Path, kind: str, chance: random.Random, figures: Counter[str]) -> 
 def under_load(place: Place, chance: random.Random) -> Load:
     """A daemon in the midst of work."""
     until(lambda: place.is_ready() or not place.up(), "the daemon", 30)
-    load = Load(place, chance, 15.0, http=False)
+    load = Load(place, chance, 15.0, http=True)
     load.begin()
     time.sleep(chance.uniform(0.3, 2.5))
     return load
@@ -128,6 +134,7 @@ def judge(place: Place, load: Load, figures: Counter[str]) -> list[str]:
     told = oracle.story(place, [])
     figures["cuts"] += 1
     figures["acknowledged"] += len(load.acknowledged)
+    figures["of_them_by_http"] += load.sent.get("202", 0)
     figures["tasks"] += len(told.accepted)
     figures["done"] += told.kinds[Kind.DONE]
     figures["started_before"] += before

@@ -104,6 +104,15 @@ class Simulated(Daemon):
         self.clock = clock
         self.reader = Reader(self.dirs.ledger)
 
+    def kill(self) -> None:
+        super().kill()
+        clear_away()
+
+    def stop(self) -> int:
+        status = super().stop()
+        clear_away()
+        return status
+
     @property
     def pid(self) -> int:
         assert self.child is not None
@@ -137,3 +146,21 @@ class Simulated(Daemon):
 
 
 DISK = "disk"
+_SHARED, _SEMAPHORE = "faketime_shm_", "sem.faketime_sem_"
+
+
+def clear_away() -> None:
+    """What libfaketime leaves of processes that were killed: a segment that its maker and all
+    who inherited it are gone from, and its semaphore."""
+    used = "".join(map(_maps, Path("/proc").glob("[0-9]*")))
+    for path in Path("/dev/shm").glob(f"{_SHARED}*"):
+        maker = path.name.removeprefix(_SHARED)
+        if not Path("/proc", maker).exists() and f"{path}\n" not in used:
+            path.unlink(missing_ok=True)
+            path.with_name(_SEMAPHORE + maker).unlink(missing_ok=True)
+
+
+def _maps(process: Path) -> str:
+    with suppress(OSError):
+        return (process / "maps").read_text()
+    return ""

@@ -23,10 +23,14 @@ from typing import Any
 import pytest
 
 from codexd import clock as times
+from codexd.ledger import Ledger, LedgerFull
 from tests.daemon import until
+from tests.history import ident
+from tests.history import queued as queued_task
+from tests.proof import powercut
 from tests.proof.level import Figures, pick
 from tests.proof.simulated import Shifted
-from tests.test_bad_input import POWERLESS, ROOT, Mortal, closed, mounted, needs_mount
+from tests.test_bad_input import POWERLESS, ROOT, Mortal, closed, mounted, needs_mount, refused
 
 pytestmark = [pytest.mark.xdist_group("limits"), pytest.mark.timeout(pick(120, 900, 900))]
 
@@ -239,17 +243,87 @@ def test_read_only_for_a_while(tmp_path: Path, which: str) -> None:
             remount(place, "ro")
             if which == "answers":
                 assert daemon.run("release").returncode == 0
-            else:
-                with suppress(OSError):
-                    (daemon.dirs.inbox / "b.md").write_text("x")
-            if which == "answers":
-                complains(daemon, "Read-only file system")
+            complains(daemon, "Read-only file system")
             time_of_trouble(daemon)
             remount(place, "rw")
             if which == "inbox":
                 assert daemon.run("release").returncode == 0
             assert daemon.answer("a", 60)[1] == "fine\n"
             works(daemon, "after", 60)
+
+
+@pytest.mark.skipif(powercut.missing() is not None, reason=str(powercut.missing()))
+def test_all_is_read_only_until_it_is_mounted_anew(tmp_path: Path) -> None:
+    """As after an error of the disk: the kernel lets nobody make it writable again while it is
+    in use, so the daemon has to be stopped; it does not begin before it can write."""
+    disk = powercut.Disk(tmp_path, "ext4")
+    disk.mount()
+    try:
+        daemon = Bounded(disk.top / "root")
+        daemon.log = tmp_path / "serve.log"
+        with daemon:
+            works(daemon, "before")
+            daemon.behave(delay=2)
+            os.sync()  # what this test wrote
+            daemon.drop("turn.md", "x")
+            until(lambda: daemon.health()["running"] == 1, "a turn")
+            daemon.drop("waits.md", "---\nnot_before: 1d\n---\nx")
+            until(lambda: daemon.health()["waiting"] == 1, "one that waits")
+            disk.fail()
+            until(lambda: "Read-only file system; mount it" in daemon.log.read_text(), "a word")
+            time_of_trouble(daemon)
+            daemon.kill()
+            assert refused(daemon.root)[1].endswith('Read-only file system; mount it writable"')
+            disk.unmount()
+            disk.mount()
+            daemon.start()
+            assert daemon.answer("turn", 60)[1] == "fine\n"
+            works(daemon, "after", 60)
+            assert daemon.health()["waiting"] == 1
+            assert daemon.health()["damaged"] == 0
+    finally:
+        disk.discard()
+
+
+@pytest.mark.skipif(powercut.missing() is not None, reason=str(powercut.missing()))
+def test_a_ledger_that_is_read_only_has_no_room(tmp_path: Path) -> None:
+    """Where nothing was written, nothing has to be cut: that does not end the daemon."""
+    disk = powercut.Disk(tmp_path, "ext4")
+    disk.mount()
+    try:
+        one = Ledger(disk.top / "tasks.md", disk.top / "checkpoint.json")
+        one.append([queued_task(1)])
+        disk.fail()
+        with pytest.raises(LedgerFull, match="Read-only file system"):
+            one.append([queued_task(2)])
+        assert list(one.book.tasks) == [ident(1)]
+        one.close()
+    finally:
+        disk.discard()
+
+
+MOUNTS = {
+    "tasks": ("archive", "tasks"),
+    "archive": ("archive", "tasks"),
+    "rejected": ("rejected", "inbox"),
+    "inbox": ("rejected", "inbox"),
+}
+
+
+@needs_mount
+@pytest.mark.parametrize("which", MOUNTS)
+def test_what_is_moved_from_one_directory_to_another_lies_on_one_file_system(
+    tmp_path: Path, which: str
+) -> None:
+    with Bounded(tmp_path / "root") as daemon:
+        daemon.stop()
+    one, other = (daemon.root / name for name in MOUNTS[which])
+    with mounted(daemon.root / which, "-t", "tmpfs", "tmpfs"):
+        text = (
+            f'cannot.go.on why="{one}: it must be on the file system of {other}, and is on '
+            'another; unmount one, or mount one below both"'
+        )
+        assert refused(daemon.root) == (69, text)
 
 
 def remount(place: Path, how: str) -> None:
@@ -340,3 +414,39 @@ def test_a_host_that_slept(tmp_path: Path) -> None:
         clock.set(slept=7200)
         for name in ("retried", "delayed", "spent"):
             assert daemon.answer(name)[1] == "fine\n"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize("set_by", pick([0, -86400], [0, -86400, 86400], [0, -86400, 86400]))
+def test_a_wait_across_a_restart(tmp_path: Path, set_by: int) -> None:
+    """It ends at the time that was told; when the clock was set meanwhile, after retry.cap at
+    the latest."""
+    clock = Shifted(tmp_path)
+    daemon = Bounded(tmp_path / "root")
+    daemon.env |= clock.environment
+    hour = (daemon.root / "codexd.yaml").read_text() + "retry:\n  base: 1h\n  cap: 1h\n"
+    (daemon.root / "codexd.yaml").write_text(hour)
+    with daemon:
+        daemon.behave(mode="replay:overloaded")
+        daemon.drop("retried.md", "x")
+        until(lambda: daemon.health()["waiting"] == 1, "a task that waits")
+        (task,) = daemon.tasks()
+        rest = int(times.epoch(task["until"]) - time.time())
+        assert daemon.stop() == 0
+        daemon.behave()
+        clock.set(wall=set_by)
+        daemon.start()
+        if set_by <= 0:
+            a_round(daemon, "first")
+            whole = rest if set_by == 0 else 3600
+            clock.set(wall=set_by, slept=whole - 120)
+            a_round(daemon, "second")
+            assert {t["file"]: t["state"] for t in daemon.tasks()}["retried.md"] == "waiting"
+            clock.set(wall=set_by, slept=whole + 1)
+        assert daemon.answer("retried")[1] == "fine\n"
+
+
+def a_round(daemon: Mortal, name: str) -> None:
+    """One in which whatever was due has been seen to."""
+    daemon.drop(f"{name}.md", "x")
+    assert daemon.answer(name)[1] == "fine\n"

@@ -6,13 +6,14 @@ Every task ends, none is run twice, and nothing that the daemon has grows withou
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from codexd.model import Note
 from tests.proof.level import Figures, chances, pick
-from tests.proof.month import CONFIG, DAY, HOUR, KEPT, NIGHTLY, WELL, Month, Size
+from tests.proof.month import CONFIG, DAY, HOUR, KEPT, MISFORTUNES, NIGHTLY, WELL, Month, Size
 from tests.proof.simulated import Clock, Simulated, library
 from tests.test_bad_input import mounted
 
@@ -40,11 +41,13 @@ def test_a_month_in_minutes(tmp_path: Path, figure: Figures) -> None:
             month.calm()
             told(month, figure)
             all_ended(month)
+            none_twice(month)
             bounded(month.sizes)
+            assert set(month.met) >= MISFORTUNES, "each of them has come"
 
 
 def all_ended(month: Month) -> None:
-    """Every task has ended, once, and was not run again when nothing had happened to it."""
+    """Every task has ended, once, and every file has become one."""
     reader = month.daemon.reader
     assert not reader.book().tasks
     assert set(reader.ends.values()) == {1}
@@ -54,16 +57,28 @@ def all_ended(month: Month) -> None:
         by_marker.setdefault(name[:11], []).append(id)
     for marker, name in month.dropped.items():
         assert len(by_marker.get(marker, [])) == 1, f"{name}: {by_marker.get(marker)}"
-    starts = month.effects.read_text().splitlines()
-    assert len(starts) <= sum(reader.starts.values()), "no attempt was started twice"
     assert not reader.book().damaged
+
+
+def none_twice(month: Month) -> None:
+    """No attempt, by what Codex says; no task either that nothing has happened to."""
+    reader, attempts = month.daemon.reader, month.starts()
+    assert not [one for one, times in attempts.items() if times > 1]
+    starts = Counter(id for id, _ in attempts)
+    assert not [id for id, times in starts.items() if times > reader.starts[id]]
+    assert not [id for id in reader.done if not starts[id]], "done, and Codex never started"
+    calm = month.untouched & reader.done
+    assert len(calm) > DAYS
+    assert not [id for id in calm if (starts[id], reader.starts[id]) != (1, 1)]
 
 
 def bounded(sizes: list[Size]) -> None:
     """After retention has begun to work, the days are alike."""
-    for what in ("files", "disk", "rss", "fds"):
-        early = [getattr(s, what) for s in sizes[KEPT + 1 : KEPT + 4]]
-        late = [getattr(s, what) for s in sizes[-3:]]
+    for what in ("files", "disk", "rss", "fds", "ledger"):
+        # The ledger grows until it is begun anew, about once a week.
+        first, days = (0, KEPT + 4) if what == "ledger" else (KEPT + 1, 3)
+        early = [getattr(s, what) for s in sizes[first : KEPT + 4]]
+        late = [getattr(s, what) for s in sizes[-days:]]
         assert min(late) <= 1.5 * max(early) + 16, (what, [getattr(s, what) for s in sizes])
 
 
@@ -71,7 +86,8 @@ def told(month: Month, figure: Figures) -> None:
     reader, last = month.daemon.reader, month.sizes[-1]
     figure("month: simulated days", DAYS)
     figure("month: tasks ended", sum(reader.ends.values()))
-    figure("month: starts of Codex", sum(reader.starts.values()))
+    figure("month: starts of Codex", month.starts().total())
+    figure("month: tasks that nothing happened to", len(month.untouched & reader.done))
     figure("month: outcomes", dict(reader.outcomes))
     figure("month: not done", dict(reader.complaints))
     figure("month: what happened", dict(month.met))

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,21 @@ def test_killed_at_random_moments(figure: Figures, tmp_path: Path) -> None:
     assert found["kills"] == cycles
 
 
+def test_mixed_load_for_a_while(figure: Figures, tmp_path: Path) -> None:
+    """In short, the figures are only taken a few times: what grows at once is found."""
+    quick = ("--every", 2, "--rate", 10)
+    options = pick(("--hours", 0.004, *quick), ("--hours", 0.25, *quick), ("--hours", 48))
+    (found,) = prove(figure, tmp_path / "table", "soak", *options)
+    assert found["ended"]
+
+
+@pytest.mark.skipif(not find_spec("atheris"), reason="needs atheris (HACKING)")
+def test_input_that_coverage_guides(figure: Figures, tmp_path: Path) -> None:
+    runs = pick(2000, 100_000, 5_000_000)
+    (found,) = prove(figure, tmp_path / "table", "fuzz", "--runs", runs)
+    assert found["inputs"] == 5 * runs
+
+
 @needs_strace
 def test_a_fault_at_system_calls(figure: Figures, tmp_path: Path) -> None:
     options = pick(["--sample", "60", "--jobs", "1"], [], [])
@@ -59,6 +75,7 @@ def test_the_power_is_cut(figure: Figures, tmp_path: Path, kind: str) -> None:
     cuts = pick(10, 40, 200)
     (found,) = prove(figure, tmp_path / "table", "powercut", "--cuts", cuts, "--fs", kind)
     assert found["cuts"] == cuts
+    assert found["of_them_by_http"], "a 202 has to survive, too"
 
 
 def test_a_server_that_is_killed_while_it_starts_is_told(tmp_path: Path) -> None:
