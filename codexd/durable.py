@@ -19,8 +19,6 @@ import os
 import stat
 import time
 
-from codexd import sane
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -167,6 +165,9 @@ def past_hole(fd: int, at: int) -> int:
         os.lseek(fd, here, os.SEEK_SET)  # whoever reads on has not moved
 
 
+_FEW = 50  # brackets of a file whose levels need not be counted
+
+
 class _Plain:
     """What the scanner of the module json asks of its decoder: nothing special."""
 
@@ -196,6 +197,12 @@ def _decode(text: str) -> object:
     return value
 
 
+def _is_shallow(value: object) -> bool:
+    from codexd import sane  # a worker's files are too small to need it
+
+    return sane.is_shallow(value)
+
+
 def read_json(path: str | os.PathLike[str], limit: int = 64 << 20) -> dict[str, object]:
     """A JSON object.  Raises OSError; ValueError when it is damaged."""
     data = read(path, limit)
@@ -205,8 +212,7 @@ def read_json(path: str | os.PathLike[str], limit: int = 64 << 20) -> dict[str, 
         raise ValueError(f"{os.fspath(path)}: not JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{os.fspath(path)}: nested too deeply") from error
-    # Most files have so few levels that they need not be counted.
-    if data.count(b"[") + data.count(b"{") > sane.DEEPEST and not sane.is_shallow(value):
+    if data.count(b"[") + data.count(b"{") > _FEW and not _is_shallow(value):
         raise ValueError(f"{os.fspath(path)}: nested too deeply")
     if not isinstance(value, dict):
         raise ValueError(f"{os.fspath(path)}: not a JSON object")

@@ -451,8 +451,7 @@ def test_damage_of_every_kind_harms_only_what_it_touches(
     for name in ("garbage", "empty", "strange", "gone", "vanished"):
         front, text = daemon.answer(name)
         assert (front["state"], front["outcome"], text) == ("failed", "config", ""), front
-        where = "record or its orders are" if name == "strange" else f"{ids[name]}/task.json is"
-        assert f"{where} damaged: " in front["message"]
+        assert f"{ids[name]}/task.json is damaged: " in front["message"]
     front, _ = daemon.answer("result")
     assert (front["state"], front["outcome"]) == ("failed", "unknown")
     assert f"{ids['result']}/1/result.json is damaged and was not" in front["message"]

@@ -27,6 +27,7 @@ IMPORTS = {
     "codexd.start", "codexd.worker",
     # os, and what it needs:
     "_collections_abc", "_stat", "genericpath", "os", "os.path", "posixpath", "stat",
+    "errno",  # a part of Python's own binary
 }  # fmt: skip
 _TELL = """
 import sys
