@@ -29,7 +29,7 @@ from tests.proof.level import Figures, pick
 from tests.test_bad_input import FAKE
 from tests.web import Client
 
-pytestmark = [pytest.mark.xdist_group("load"), pytest.mark.timeout(pick(300, 1800, 1800))]
+pytestmark = [pytest.mark.xdist_group("load"), pytest.mark.timeout(pick(600, 1800, 1800))]
 
 TASKS = 10_000
 SLOW = 1000
