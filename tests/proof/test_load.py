@@ -234,7 +234,7 @@ def test_ten_thousand_and_a_thousand(tmp_path: Path, figure: Figures) -> None:
         assert times[int(PART * (len(times) - 1))] < HEALTH
         assert most < RSS
         assert slow.made >= SLOW
-        assert CONNECTIONS - OTHERS <= at_once <= CONNECTIONS + 8, "all that there may be"
+        assert CONNECTIONS - OTHERS <= at_once <= CONNECTIONS + OTHERS, "all that may be"
         assert not slow.early, slow.early[:3]
         daemon.kill()
         began = time.monotonic()
