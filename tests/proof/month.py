@@ -51,6 +51,7 @@ _NOT_ITS = ("ballast", "serve.log")
 class Size:
     """What the daemon takes at the end of a day."""
 
+    kept: int  # tasks in the archive
     files: int  # below the root
     disk: int  # bytes of them
     ledger: int  # bytes
@@ -260,7 +261,8 @@ class Month:
         status = Path(f"/proc/{self.daemon.pid}/status").read_text()
         rss = int(status.partition("VmRSS:")[2].split()[0]) << 10
         fds = len(os.listdir(f"/proc/{self.daemon.pid}/fd"))
-        return Size(len(sizes), sum(sizes), self.daemon.dirs.ledger.stat().st_size, rss, fds)
+        kept = sum(1 for _ in self.daemon.dirs.archive.glob("*/*"))
+        return Size(kept, len(sizes), sum(sizes), self.daemon.dirs.ledger.stat().st_size, rss, fds)
 
     def calm(self) -> None:
         """The end of the month: nothing is wrong any more, and days pass until all is done."""
