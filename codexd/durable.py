@@ -106,8 +106,10 @@ def write(path: str | os.PathLike[str], data: bytes, mode: int = 0o640) -> None:
         finally:
             os.close(fd)
         os.rename(aside, path)
-    except OSError:
+    except OSError as problem:
         os.unlink(aside)
+        if problem.filename2:  # what is in the way has to be named, not what was to go there
+            problem.filename, problem.filename2 = problem.filename2, None
         raise
     sync_directory(directory or ".")
 

@@ -99,11 +99,13 @@ _STARTUP = (
 # What of these means that the databases in CODEX_HOME are damaged.
 _CORRUPT = r"list_turns is not supported yet|disk image is malformed|file is not a database"
 # What tells that no other task could be run either: Codex is not there, or cannot keep what
-# it writes.  A panic is not among it, which what a task says may cause as well.
+# it writes.  Not among it is what may come of a task itself, or of its directory: a panic, and
+# a guide there that cannot be read.
 _GENERAL = (
     r"cannot start Codex: |^Codex ended with status 12[67]\b|^Failed to save the conversation"
-    r"|\(os error (?:5|13|23|24|28|30|122)\)|^Error finding codex home|^Error: .*unable to open"
-    r"|failed to initialize in-process app-server client|codex-linux-sandbox was required"
+    r"|^(?!.*AGENTS\.md).*\(os error (?:5|23|24|28|30|122)\)"
+    r"|^Error finding codex home|^Error: .*unable to open|codex-linux-sandbox was required"
+    r"|failed to initialize (?:in-process app-server client|sqlite state runtime)"
     r"|^(?:Error: )?(?:Codex cannot access session files|Session storage )"
 )
 _LOG_LINE = r"\d{4}-\d\d-\d\dT\S+\s+[A-Z]+ |WARNING: |Reading .* from stdin\.\.\."

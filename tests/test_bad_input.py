@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from codexd import ledger
+from codexd import ledger, spool
 from codexd.ledger import seal
 from codexd.model import Event, Kind, Note
 from codexd.view import View
@@ -1103,16 +1103,18 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_what_lies_in_the_way_of_one_task_holds_up_no_other(tmp_path: Path) -> None:
     with Mortal(tmp_path / "root") as daemon:
-        blocked = daemon.dirs.transcripts / "web.jsonl"
+        id = spool.new_id()
+        blocked = daemon.dirs.answers / f"{id}.md"
         blocked.mkdir()
-        daemon.drop("web.md", "---\nsession: web\n---\nx")
+        daemon.drop(f"{id}.md", "x")
         daemon.drop("other.md", "x")
         assert daemon.answer("other")[1] == "fine\n"
         trouble = until(lambda: daemon.health().get("trouble"), "trouble")
         assert trouble == f"{blocked}: Is a directory; move it away"
         until(lambda: states(daemon) == {("running", 1), ("done", 1)}, "the end of the other")
         blocked.rmdir()
-        assert daemon.answer("web")[0]["attempts"] == 1
+        until(blocked.is_file, "the answer")
+        assert "attempts: 1\n" in blocked.read_text()
         until(lambda: daemon.health()["status"] == "ok", "the end of trouble")
 
 

@@ -76,13 +76,13 @@ class Halting(CaseModel):
         # Killed early, the next attempt is in a new thread, and not told of the one before.
         if "An earlier attempt" in turn.prompt or name in self.killed:
             return [message(f"resumed {name}"), completed()]
-        door = self._door(f"never {name}")
         if at == 0:
-            return slow(door, [message("too late")])
+            return slow(self._hold(f"never {name}", turn), [message("too late")])
         if not turn.tool_outputs and at == 4:
             return patch(turn, new_file(f"{name}.txt", "half"))
         if not turn.tool_outputs:
             return call_shell(turn, "sleep 60" if at == 1 else "true")
+        door = self._hold(f"never {name}", turn)
         if at in (2, 4):
             return slow(door, [message("too late")])
         return [message(f"cut short {name}"), door, completed()]
@@ -123,6 +123,8 @@ def test_killed_at_an_event(
     id = id_of(daemon, f"t{name}.md")
     until(lambda: any(map(is_it, said(daemon, id))), event)
     before = said(daemon, id)
+    if step > 1:
+        model.wait_held(f"never {name}")  # else this attempt could still be answered
     model.killed.add(name)
     kill(WHO[who](id))
     front, text = daemon.answer(f"t{name}", 60)

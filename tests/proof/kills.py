@@ -86,18 +86,18 @@ def run(name: str, seed: str, cycles: int) -> tuple[list[str], Counter[str]]:
     killer.place.launch()
     until(lambda: killer.place.dirs.inbox.is_dir(), "the inbox", 20)
     load.begin()
+    problems = []
     try:
         for _ in range(cycles):
             killer.wait()
             killer.strike()
-    finally:
         load.end()
-    problems = []
-    try:
         killer.revive()
         load.drain()
     except TimeoutError as error:
         problems.append(f"{error}; see {home}")
+    finally:
+        load.end()
     killer.place.stop()
     problems += oracle.check(killer.place, load.acknowledged)
     figures = count(killer, load)
