@@ -140,7 +140,7 @@ def deliver(inbox: Path, name: str, data: bytes) -> None:
 
 
 def deliver_control(inbox: Path, name: str) -> None:
-    """Put an empty control file into the inbox, as the last to be obeyed.
+    """Put an empty control file into the inbox, durably, as the last to be obeyed.
 
     Works on a full disk.
     """
@@ -155,8 +155,10 @@ def deliver_control(inbox: Path, name: str) -> None:
         return
     try:
         os.utime(fd)  # one that was there already is asked for anew
+        os.fsync(fd)
     finally:
         os.close(fd)
+    durable.sync_directory(inbox)
 
 
 def delivered(path: Path) -> float | None:

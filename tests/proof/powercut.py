@@ -169,9 +169,9 @@ def main() -> int:
         figures: Counter[str] = Counter()
         problems: list[str] = []
         for number in range(args.cuts):
-            home = scratch(f"powercut-{kind}")
+            home = scratch(f"powercut-{kind}-{number}")
             found = cut(home, kind, random.Random(f"{seed} {kind} {number}"), figures)
-            problems += [f"{kind} cut {number}: {problem}" for problem in found]
+            problems += [f"{kind} cut {number}: {problem}; see {home}" for problem in found]
             if not found:
                 shutil.rmtree(home)
         status |= report(f"powercut-{kind}", problems, began, dict(figures))
