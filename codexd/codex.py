@@ -203,7 +203,7 @@ def env_keys(config_toml_text: str) -> list[str]:
     try:
         config = tomllib.loads(config_toml_text)
     except RecursionError:
-        raise ValueError("too deeply nested") from None
+        raise ValueError("the file is nested too deeply") from None
     providers = config.get("model_providers")
     names: list[Any] = []
     for provider in providers.values() if isinstance(providers, dict) else ():

@@ -74,7 +74,9 @@ class SlowClients:
         """As many as there are to be; for each that the server closes a new one comes."""
         there: deque[Slow] = deque()
         while not self._stop.wait(0.01):
-            for _ in range(min(10, SLOW - len(there))):  # a thousand new ones a second at most
+            # Once all have been there, a hundred a second come anew: more is their work alone.
+            most = 10 if self.made < SLOW else 1
+            for _ in range(min(most, SLOW - len(there))):
                 if (one := self._connected()) is None:
                     break
                 there.append(one)
