@@ -24,7 +24,8 @@ def _orders(place: Path, binary: Path) -> dict[str, object]:
         "attempt": 1, "thread": None, "preamble": "", "header": "", "policy": "Be brief.",
         "workdir": str(place), "workdirs": [str(place)], "bin": str(binary),
         "home": str(place), "env": [], "model": None, "profile": None,
-        "sandbox": "workspace-write", "timeout": 60.0, "idle_timeout": 60.0, "setpriv": None,
+        "sandbox": "workspace-write", "sandbox_verb": ["sandbox"], "timeout": 60.0,
+        "idle_timeout": 60.0, "setpriv": None,
         "memory": {"on": True, "paths": ["MEMORY.md"], "hits": 20, "chars": 4000, "rg": None},
     }  # fmt: skip
 
