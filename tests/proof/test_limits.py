@@ -394,14 +394,19 @@ def test_a_clock_that_is_set(tmp_path: Path, days: int) -> None:
         assert daemon.health()["damaged"] == 0
 
 
+def patient(place: Path) -> tuple[Bounded, Shifted]:
+    """A daemon that waits for an hour before it tries again, and its clocks."""
+    clock, daemon = Shifted(place), Bounded(place / "root")
+    daemon.env |= clock.environment
+    with open(daemon.root / "codexd.yaml", "a") as config:
+        config.write("retry:\n  base: 1h\n  cap: 1h\n")
+    return daemon, clock
+
+
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_a_host_that_slept(tmp_path: Path) -> None:
     """Retries, delays and probes are due by the time that has passed for people."""
-    clock = Shifted(tmp_path)
-    daemon = Bounded(tmp_path / "root")
-    daemon.env |= clock.environment
-    hour = (daemon.root / "codexd.yaml").read_text() + "retry:\n  base: 1h\n  cap: 1h\n"
-    (daemon.root / "codexd.yaml").write_text(hour)
+    daemon, clock = patient(tmp_path)
     with daemon:
         daemon.behave(mode="replay:overloaded")
         daemon.drop("retried.md", "x")
@@ -421,11 +426,7 @@ def test_a_host_that_slept(tmp_path: Path) -> None:
 def test_a_wait_across_a_restart(tmp_path: Path, set_by: int) -> None:
     """It ends at the time that was told; when the clock was set meanwhile, after retry.cap at
     the latest."""
-    clock = Shifted(tmp_path)
-    daemon = Bounded(tmp_path / "root")
-    daemon.env |= clock.environment
-    hour = (daemon.root / "codexd.yaml").read_text() + "retry:\n  base: 1h\n  cap: 1h\n"
-    (daemon.root / "codexd.yaml").write_text(hour)
+    daemon, clock = patient(tmp_path)
     with daemon:
         daemon.behave(mode="replay:overloaded")
         daemon.drop("retried.md", "x")
