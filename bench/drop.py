@@ -1,4 +1,9 @@
-"""From a dropped file to its answer, over the bare Codex CLI on the same turn."""
+"""From a dropped file to its answer, over the bare Codex CLI on the same turn.
+
+Twice: over Codex as anybody calls it, and over Codex with the permission profile that
+codexd gives it, which takes Codex some time at its start for each path that is hidden.
+The second is what codexd itself adds.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.measure import Ratio, compare, timed
 from codexd import codex
+from codexd.command import PERMISSIONS
 from codexd.config import Directories
 from codexd.replies import Turn, say
 from codexd.scripted import ScriptedModel
@@ -63,22 +69,31 @@ def run() -> Iterator[Ratio]:
         model.write_config(root / "codex")
         binary = codex.find("codex", os.environ.get("PATH"))
         (root / "bare").mkdir()
-        command = codex.argv(
-            binary, workdir=str(root / "bare"), sandbox="workspace-write", model=None, profile=None,
-            images=[], add_dirs=[], output_schema=None,
-            last_message_file=str(root / "bare" / "last.md"), thread=None,
-        )  # fmt: skip
 
-        def bare() -> float:
-            return timed(
+        def bare(sandbox: str) -> Callable[[], float]:
+            command = codex.argv(
+                binary, workdir=str(root / "bare"), sandbox=sandbox, model=None, profile=None,
+                images=[], add_dirs=[], output_schema=None, unguided=True, thread=None,
+                last_message_file=str(root / "bare" / "last.md"),
+            )  # fmt: skip
+            known = codex.environment(env, str(root / "codex"), list(model.environment()))
+            return lambda: timed(
                 lambda: subprocess.run(
                     command, input=b"Answer with one word.\n", check=True, capture_output=True,
-                    env=codex.environment(env, str(root / "codex"), list(model.environment())),
+                    env=known,
                 )
             )  # fmt: skip
 
         served = Served(root, env)
+        served.turn()  # which writes the profile
+        profiled = bare(f"{PERMISSIONS}workspace-write")
         try:
-            yield compare("drop to answer / bare codex exec", 1.15, served.turn, bare, ROUNDS)
+            yield compare(
+                "drop to answer / bare codex exec", 1.15, served.turn, bare("workspace-write"),
+                ROUNDS,
+            )  # fmt: skip
+            yield compare(
+                "drop to answer / codex exec with the profile", 1.15, served.turn, profiled, ROUNDS
+            )
         finally:
             served.stop()
