@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 # What a test run takes besides: make test TESTS='tests/test_ledger.py -x'
 TESTS ?= -n auto --dist loadgroup
 COVERED ?=
+RUNNER ?= $(VENV)/bin/python
 PROOFS ?= tests/proof tests/test_dry.py::test_twenty_tasks_while_the_quota_runs_dry
 
 .PHONY: venv demo test lint bench proof proof-long soak coverage deb clean
@@ -34,14 +35,20 @@ demo: $(READY)
 	@examples/demo.sh
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest $(TESTS) $(COVERED)
+	$(RUNNER) -m pytest $(TESTS) $(COVERED)
 
 # The tests with branch coverage, as continuous integration runs them.  HACKING says what of a
 # run cannot be counted.
 COVERAGE := --cov=codexd --cov-branch --cov-config=tests/coverage.ini
-coverage:
-	@mkdir -p build
-	@$(MAKE) test COVERED='$(COVERAGE) --cov-report=term:skip-covered'
+COUNTED := build/counted
+coverage: $(READY)
+	@mkdir -p $(COUNTED)/bin
+	@cp $(VENV)/pyvenv.cfg $(COUNTED)/
+	@ln -sfn '$(CURDIR)/$(VENV)/lib' $(COUNTED)/lib
+	@ln -sf "$$(readlink -f $(VENV)/bin/python)" $(COUNTED)/bin/python3
+	@cp tests/bin/python-counted $(COUNTED)/bin/python
+	@$(MAKE) test RUNNER='$(CURDIR)/$(COUNTED)/bin/python' \
+	    COVERED='$(COVERAGE) --cov-report=term-missing:skip-covered'
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

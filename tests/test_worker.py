@@ -15,7 +15,7 @@ import pytest
 from codexd.model import Request
 from codexd.processes import Processes
 from codexd.worker import STOPPED
-from tests.daemon import until
+from tests.daemon import uncovered, until
 
 ID = "20261123t072011-k3f9qa7x2m"
 FAKE = Path(__file__).parent / "bin" / "codex"
@@ -92,7 +92,7 @@ def test_what_is_imported_before_codex_starts(tmp_path: Path) -> None:
     command = place.command()
     at = command.index("-c") + 1
     command[at] = _TELL + command[at]
-    env = {**os.environ, "CODEX_FAKE_MODE": "answer"}
+    env = {**uncovered(), "CODEX_FAKE_MODE": "answer"}
     done = subprocess.run(
         command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30
     )
