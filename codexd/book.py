@@ -24,6 +24,7 @@ from codexd.delivery import Occasion, Owed
 from codexd.line import FORMAT, HEAD, SEALED, parse
 from codexd.model import Event, IllegalEvent, Note, State, Task, apply, check
 from codexd.outcome import Outcome
+from codexd.sane import word
 
 RECENT = 50  # ended tasks remembered for a short list
 TOLD = 20  # damaged lines that are told one by one
@@ -332,8 +333,8 @@ def _records(value: object) -> Iterator[dict[str, object]]:
 def _task(record: dict[str, object]) -> Task:
     check(record)
     outcome = record.get("outcome")
-    record["state"] = State(str(record["state"]))
-    record["outcome"] = Outcome(str(outcome)) if outcome else None
+    record["state"] = word(State, "state", record["state"])
+    record["outcome"] = word(Outcome, "outcome", outcome) if outcome else None
     record["after"] = tuple(map(str, _list(record.get("after", []))))
     return Task(**record)  # type: ignore[arg-type]
 

@@ -21,6 +21,7 @@ from codexd.evidence import Evidence, Result
 from codexd.exits import Ended
 from codexd.model import Event, Kind, State, Task, apply, to_json
 from codexd.outcome import Outcome
+from codexd.sane import word
 from codexd.spend import Spend
 
 _NOTHING: tuple[object, ...] = (None, "", {})
@@ -263,7 +264,8 @@ class Finish:
             return []
         try:
             told = place.status(self.dirs, task.id) or {}
-            kind, outcome = Kind(State(str(told.get("state")))), Outcome(str(told.get("outcome")))
+            kind = Kind(word(State, "state", told.get("state")))
+            outcome = word(Outcome, "outcome", told.get("outcome"))
         except ValueError as damage:
             text = f"{place.archived(self.dirs, task.id)}/status.json is damaged: {damage}"
             kind, outcome, told = Kind.FAILED, Outcome.UNKNOWN, {"message": text}

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 
 from codexd.outcome import Outcome
-from codexd.sane import misfit
+from codexd.sane import misfit, word
 
 # One pattern for file names, routes, unit instances and the polkit rule.
 ID_PATTERN = r"[0-9]{8}t[0-9]{6}-[0-9a-z]{10}"
@@ -150,6 +150,8 @@ class Request:
         values: dict[str, object] = {k: v for k, v in data.items() if k in known}
         if wrong := misfit(values, _ASKED, texts=True):
             raise ValueError(wrong)
+        if values.get("prompt") is None:
+            raise ValueError("prompt: it is missing")
         for name in ("images", "add_dirs", "after"):
             found = values.get(name)
             values[name] = tuple(found) if isinstance(found, (list, tuple)) else ()
@@ -157,8 +159,8 @@ class Request:
             given = values.get(name)
             values[name] = dict(given) if isinstance(given, Mapping) else None
         if values.get("sandbox") is not None:
-            values["sandbox"] = Sandbox(str(values["sandbox"]))
-        values["resume"] = Resume(str(values.get("resume", "auto")))
+            values["sandbox"] = word(Sandbox, "sandbox", values["sandbox"])
+        values["resume"] = word(Resume, "resume", values.get("resume", "auto"))
         return cls(**values)  # type: ignore[arg-type]
 
 

@@ -37,8 +37,8 @@ class Orders:
             return self.finish.end(task, Kind.CANCELLED, told)
         try:
             record = place.load(self.dirs, task.id)
-            request = Request.from_json(_mapping(record["request"]))
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as damage:
+            request = Request.from_json(_mapping(record.get("request")))
+        except (FileNotFoundError, ValueError, TypeError) as damage:
             return self._cannot(task, f"its record tasks/{task.id}/task.json is damaged: {damage}")
         left = self._left(task)
         if left is not None and left <= 0:
@@ -128,7 +128,7 @@ def _rg(binary: str) -> str | None:
 
 def _mapping(value: object) -> dict[str, object]:
     if not isinstance(value, dict):
-        raise TypeError("not an object")
+        raise TypeError("request: it is not an object")
     return value
 
 

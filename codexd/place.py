@@ -19,6 +19,7 @@ from pathlib import Path
 from codexd import durable
 from codexd.config import Directories
 from codexd.model import State, check
+from codexd.sane import word
 
 _STEM = re.compile(r"[^A-Za-z0-9._-]")
 _MODE = 0o750
@@ -177,7 +178,7 @@ def status(dirs: Directories, id: str) -> dict[str, object] | None:
             continue
         try:
             check(told)
-            if told.get("id") != id or not State(str(told.get("state"))).ended:
+            if told.get("id") != id or not word(State, "state", told.get("state")).ended:
                 raise ValueError("it is no task of this id that has ended")
         except ValueError as damage:
             raise ValueError(f"{path}: {damage}") from damage

@@ -10,7 +10,10 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from enum import StrEnum
+    from typing import TypeVar
 
+    Word = TypeVar("Word", bound=StrEnum)
     Kinds = Mapping[str, type | tuple[type, ...]]
 
 MOST = 1 << 53  # what every reader of JSON holds exactly
@@ -58,6 +61,14 @@ def misfit(values: Mapping[str, object], kinds: Kinds, *, texts: bool = False) -
         if name in kinds and value is not None and not _fits(value, kinds[name], texts):
             return f"{name}: {type(value).__name__} is no type for it"
     return ""
+
+
+def word(kind: type[Word], name: str, value: object) -> Word:
+    """The member of `kind` that a file names.  Raises ValueError, which says which there are."""
+    try:
+        return kind(str(value))
+    except ValueError:
+        raise ValueError(f"{name}: {str(value)[:40]!r} is none of {', '.join(kind)}") from None
 
 
 def _fits(value: object, kind: type | tuple[type, ...], texts: bool) -> bool:

@@ -612,7 +612,7 @@ def test_a_damaged_record_of_an_ended_task_cannot_be_retried(daemon: Mortal) -> 
         "": "not JSON: Expecting val",
         "{}": "it is no task of this id that has ended",
         json.dumps({**told, "id": []}): "it is no task of this id that has ended",
-        json.dumps({**told, "state": "over"}): "'over' is not a valid State",
+        json.dumps({**told, "state": "over"}): "state: 'over' is none of queued, running, waiting,",
         json.dumps({**told, "title": ["a"]}): "title: list is no type for it",
         json.dumps({**told, "usage": {"input_tokens": "1"}}): "usage: dict is no type for it",
     }.items():

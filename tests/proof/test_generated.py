@@ -223,7 +223,7 @@ def state_files(dirs: Directories) -> dict[str, tuple[Path, Callable[[], object]
 
 def asked(dirs: Directories) -> dict[str, object]:
     found = place.load(dirs, ident(QUEUED)).get("request")
-    if not isinstance(found, dict) or "prompt" not in found:
+    if not isinstance(found, dict):
         raise ValueError("task.json: no request")
     return found
 
