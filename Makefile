@@ -40,15 +40,12 @@ test: $(READY)
 # The tests with branch coverage, as continuous integration runs them.  HACKING says what of a
 # run cannot be counted.
 COVERAGE := --cov=codexd --cov-branch --cov-config=tests/coverage.ini
-COUNTED := build/counted
 coverage: $(READY)
-	@mkdir -p $(COUNTED)/bin
-	@cp $(VENV)/pyvenv.cfg $(COUNTED)/
-	@ln -sfn '$(CURDIR)/$(VENV)/lib' $(COUNTED)/lib
-	@ln -sf "$$(readlink -f $(VENV)/bin/python)" $(COUNTED)/bin/python3
-	@cp tests/bin/python-counted $(COUNTED)/bin/python
-	@$(MAKE) test RUNNER='$(CURDIR)/$(COUNTED)/bin/python' \
-	    COVERED='$(COVERAGE) --cov-report=term-missing:skip-covered'
+	@mkdir -p build
+	@cp tests/bin/python-counted $(VENV)/bin/
+	@$(MAKE) test RUNNER='$(CURDIR)/$(VENV)/bin/python-counted' \
+	    COVERED='$(COVERAGE) --cov-report=term-missing:skip-covered --cov-report=json:build/coverage.json'
+	@$(VENV)/bin/python -m tests.undecided build/coverage.json
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -18,6 +18,7 @@ import pytest
 
 from codexd import codex
 from codexd.outcome import Outcome
+from tests.daemon import uncovered
 from tests.recordings import SAMPLES
 
 THREAD = "01a20764-f8e0-7b00-88dd-8abdee9d7bb9"
@@ -416,6 +417,7 @@ def test_what_is_imported_is_little() -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1]); import codexd.codex; print(*sys.modules)"
     told = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code, str(Path(codex.__file__).parent.parent)],
+        env=uncovered(),
         check=True,
         capture_output=True,
         text=True,

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from codexd import memory, notes, relevance
 from codexd.relevance import Query, terms
+from tests.daemon import uncovered
 
 DATA = Path(__file__).parent / "data" / "memory"
 SET = DATA / "notes"
@@ -729,7 +730,7 @@ def test_the_import_costs_little() -> None:
     code = f"import sys; sys.path.insert(0, {str(top)!r}); import codexd.memory"
     told = subprocess.run(
         [sys.executable, "-I", "-S", "-c", f"{code}; print(*sys.modules)"],
-        capture_output=True, text=True, check=True, timeout=60,
+        env=uncovered(), capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     costly = {"dataclasses", "typing", "collections.abc", "subprocess", "pathlib", "logging",
               "hashlib", "tempfile", "shutil", "json", "threading"}  # fmt: skip

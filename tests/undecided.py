@@ -36,7 +36,9 @@ def missing(report: dict[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def functions(report: dict[str, Any]) -> set[tuple[str, str]]:
-    return {(Path(p).stem, name) for p, file in report["files"].items() for name in file["functions"]}
+    return {
+        (Path(p).stem, name) for p, file in report["files"].items() for name in file["functions"]
+    }
 
 
 def main() -> int:
