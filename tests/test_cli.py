@@ -948,7 +948,8 @@ def test_a_user_without_a_name_or_a_home(tmp_path: Path) -> None:
     # Only what setpriv itself starts may come from root's home.
     python = str(Path(sys.executable).with_name("python3"))
     done = subprocess.run(
-        ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", python, "-m", "codexd.cli", "status"],
+        ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups",
+         python, "-m", "codexd.cli", "status"],
         env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (78, "")
