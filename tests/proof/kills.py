@@ -29,6 +29,7 @@ from tests.proof.load import Load
 from tests.proof.place import Place, report, scratch, seed_of
 
 CYCLES = 25  # kills of one run
+START = 120.0  # seconds; a machine full of such runs gives a start what it has left
 VICTIMS = {"master": 8, "worker": 6, "codex": 3, "http": 2, "all": 5}
 
 
@@ -45,7 +46,7 @@ class Killer:
         """Until the next kill: mostly in mid-work, at times while it starts."""
         time.sleep(self.chance.uniform(0.02, 0.5))
         if self.chance.random() < 0.75:
-            until(lambda: self.place.is_ready() or not self.place.up(), "the daemon", 30)
+            until(lambda: self.place.is_ready() or not self.place.up(), "the daemon", START)
             time.sleep(self.chance.uniform(0.0, 0.8))
 
     def strike(self) -> None:
@@ -70,7 +71,7 @@ class Killer:
         """A daemon that stays: one whose HTTP server was killed too early has ended."""
         while True:
             # The one that is there may just be about to end.
-            until(lambda: self.place.is_ready() or not self.place.up(), "the daemon", 30)
+            until(lambda: self.place.is_ready() or not self.place.up(), "the daemon", START)
             if self.place.up():
                 return
             self.place.reap()
