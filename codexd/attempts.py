@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from codexd import clock, dispatch, place
+from codexd import clock, dispatch, durable, place
 from codexd.aside import Aside
 from codexd.beside import Beside
 from codexd.config import Config
@@ -133,7 +133,7 @@ class Attempts:
         return stopped and task.id in self.launcher.active()
 
     def _has_result(self, task: Task) -> bool:
-        return (place.attempt(self.dirs, task.id, task.launches) / "result.json").exists()
+        return durable.is_there(place.attempt(self.dirs, task.id, task.launches) / "result.json")
 
     def _after(self, one: Finished, now: float) -> None:
         probed = self.probing.pop(one.event.id, frozenset())

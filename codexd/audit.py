@@ -164,14 +164,14 @@ def compare(dirs: Directories) -> Iterator[Problem]:
     view = View(dirs)
     view.refresh()
     for task in view.live():
-        there = (dirs.tasks / task.id).is_dir()
+        there = durable.is_directory(dirs.tasks / task.id)
         # It may have ended before its directory was looked for.
         if not there and (now := view.task(task.id)) and not State(str(now["state"])).ended:
             yield _task(dirs, task.id, _without_directory(dirs, task.id))
     for id in sorted(os.listdir(dirs.tasks)):
         if not is_id(id):
             yield _task(dirs, id, "no task's directory; move it away")
-        elif (dirs.tasks / id / "task.json").exists() and view.task(id) is None:
+        elif durable.is_there(dirs.tasks / id / "task.json") and view.task(id) is None:
             what = "the ledger does not know this task, so it is not run; see codexd(7)"
             yield _task(dirs, id, what)
     view.close()

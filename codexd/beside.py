@@ -58,7 +58,7 @@ class Beside:
     def _note(self, task: Task, other: Task) -> None:
         """The first that it met is enough."""
         path = place.beside(self.dirs, task.id)
-        if not path.exists():
+        if not durable.is_there(path):
             whose = f" of session {_cut(other.session)}" if other.session else ""
             text = f"task {other.id}{whose} worked in {_cut(str(other.workdir))} at the same time"
             durable.write(

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})  # nothing lies there
+
+
 class NotAFile(OSError, ValueError):
     """Something else lies in the place of a file of ours.
 
@@ -91,6 +94,30 @@ def write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def is_there(path: str | os.PathLike[str], *, follow: bool = True) -> bool:
+    """Whether something lies at `path`.
+
+    Raises OSError when nobody can say.  That is why nothing of ours asks os.path for it, or
+    pathlib, which since Python 3.14 also takes what a failing disk says for a "no".
+    """
+    return _kind(path, follow) is not None
+
+
+def is_directory(path: str | os.PathLike[str]) -> bool:
+    """As `is_there`, for a directory."""
+    kind = _kind(path, follow=True)
+    return kind is not None and stat.S_ISDIR(kind)
+
+
+def _kind(path: str | os.PathLike[str], follow: bool) -> int | None:
+    try:
+        return os.stat(path, follow_symlinks=follow).st_mode
+    except OSError as error:
+        if error.errno not in ABSENT:
+            raise
+        return None
 
 
 def write(path: str | os.PathLike[str], data: bytes, mode: int = 0o640) -> None:

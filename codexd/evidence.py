@@ -99,7 +99,7 @@ class Evidence:
 
     def began(self, id: str, number: int) -> bool:
         """Whether Codex may have run: also if the attempt's directory was lost."""
-        lost = not place.attempt(self.dirs, id, number).is_dir()
+        lost = not durable.is_directory(place.attempt(self.dirs, id, number))
         return lost or place.was_started(self.dirs, id, number)
 
     def acted(self, task: Task) -> tuple[bool, str]:
@@ -107,7 +107,7 @@ class Evidence:
         the last of it that is known."""
         begun, did = False, ""
         for number in range(task.launches, 0, -1):
-            lost = not place.attempt(self.dirs, task.id, number).is_dir()
+            lost = not durable.is_directory(place.attempt(self.dirs, task.id, number))
             reader = self._printed(task.id, number)
             # Cut off, it may have done more than it could tell.
             begun |= lost or bool(reader.items_seen or (reader.turn_started and not reader.ended))

@@ -102,7 +102,7 @@ def load_ended(dirs: Directories, id: str) -> dict[str, object]:
 
 def was_started(dirs: Directories, id: str, number: int) -> bool:
     """Whether a worker passed the at-most-once point of this attempt."""
-    return (attempt(dirs, id, number) / "started").exists()
+    return durable.is_there(attempt(dirs, id, number) / "started")
 
 
 def result(dirs: Directories, id: str, number: int) -> dict[str, object] | None:
@@ -143,7 +143,7 @@ def conclude(dirs: Directories, id: str, status: dict[str, object]) -> None:
 def archive(dirs: Directories, id: str) -> None:
     """Move a concluded task out of tasks/.  Repeatable."""
     source, target = dirs.tasks / id, archived(dirs, id)
-    if source.is_dir():
+    if durable.is_directory(source):
         _tidy(source)
         target.parent.mkdir(mode=_MODE, exist_ok=True)
         os.rename(source, target)
@@ -161,7 +161,7 @@ def _tidy(home: Path) -> None:
 def keep(dirs: Directories, id: str, name: str, text: str) -> None:
     """A note beside an ended task, in place of one of that name; none where it is gone."""
     for home in (archived(dirs, id), dirs.tasks / id):
-        if home.is_dir():
+        if durable.is_directory(home):
             (home / name).write_text(text, "utf-8", "replace")
             return
 
@@ -193,18 +193,18 @@ def has_ended(dirs: Directories, id: str) -> bool:
 
 def is_concluded(dirs: Directories, id: str) -> bool:
     """Whether its last word is written, and it still lies in tasks/."""
-    return (dirs.tasks / id / "status.json").exists()
+    return durable.is_there(dirs.tasks / id / "status.json")
 
 
 def is_task(dirs: Directories, id: str) -> bool:
     """`has_ended`, or what is needed or left of it lies in tasks/ID, whatever the ledger says."""
     left = (dirs.tasks / id / "task.json", attempt(dirs, id, 1))
-    return has_ended(dirs, id) or any(path.exists() for path in left)
+    return has_ended(dirs, id) or any(map(durable.is_there, left))
 
 
 def known(dirs: Directories, id: str) -> bool:
     """Whether an ended task has this id."""
-    return archived(dirs, id).is_dir()
+    return durable.is_directory(archived(dirs, id))
 
 
 # --- keys -------------------------------------------------------------------------------

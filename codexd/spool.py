@@ -97,9 +97,10 @@ def prepare(dirs: Directories) -> None:
 
 
 def _make(path: Path, mode: int) -> None:
-    if os.path.lexists(path) and not path.is_dir():
+    there = durable.is_directory(path)
+    if not there and durable.is_there(path, follow=False):
         raise NotADirectoryError(errno.ENOTDIR, "it must be a directory", str(path))
-    if not path.is_dir():
+    if not there:
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(mode)
     if not os.access(path, os.W_OK | os.X_OK):
@@ -274,4 +275,5 @@ def wanted_id(name: str) -> str | None:
 
 def in_inbox(dirs: Directories, id: str) -> bool:
     """Whether a delivered task of this id was not yet accepted."""
-    return any(os.path.lexists(dirs.inbox / name) for name in (f"{id}.md", f"{id}.json", TAKE + id))
+    names = (f"{id}.md", f"{id}.json", TAKE + id)
+    return any(durable.is_there(dirs.inbox / name, follow=False) for name in names)

@@ -78,7 +78,7 @@ class Attempt:
 
     def mark(self) -> bool:
         """Pass the at-most-once point; False when somebody did before."""
-        if os.path.exists(self.path("result.json")):
+        if durable.is_there(self.path("result.json")):
             return False
         try:
             fd = os.open(self.path("started"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
@@ -93,17 +93,17 @@ class Attempt:
 
     def below_roots(self, path: str, base: str, what: str) -> str:
         """`path` resolved, if it exists below a configured root."""
-        full = os.path.realpath(os.path.join(base, os.path.expanduser(path)))
-        roots = [os.path.realpath(root) for root in self.orders["workdirs"]]
+        full, why = _resolved(os.path.join(base, os.path.expanduser(path)))
+        roots = [_resolved(root)[0] for root in self.orders["workdirs"]]
         if not any(full == root or full.startswith(root.rstrip("/") + "/") for root in roots):
             raise Unfit(f"{what} {full} is not below a configured root ({', '.join(roots)})")
-        if not os.path.exists(full):
-            raise Unfit(f"{what} {full} does not exist")
+        if why:
+            raise Unfit(f"{what} {full} {why}")
         return full
 
     def workdir(self) -> str:
         found = self.below_roots(self.orders["workdir"], "/", "workdir")
-        if not os.path.isdir(found):
+        if not durable.is_directory(found):
             raise Unfit(f"workdir {found} is not a directory")
         return found
 
@@ -257,6 +257,23 @@ class Attempt:
             "memory_note": self.memory_note,
         }
         durable.write_json(self.path("result.json"), {**result, **evidence})
+
+
+def _resolved(path: str) -> tuple[str, str]:
+    """`path` without links, and why nothing can be there, if so.
+
+    Raises OSError where it is the host that cannot say: that is no fault of the task.
+    """
+    try:
+        return os.path.realpath(path, strict=True), ""
+    except OSError as problem:
+        if problem.errno in durable.ABSENT:
+            why = "does not exist"
+        elif problem.errno in (errno.EACCES, errno.ENAMETOOLONG):
+            why = f"cannot be reached: {problem.strerror}"
+        else:
+            raise
+        return os.path.realpath(path), why
 
 
 def _may_be(workdir: str, path: str) -> bool:

@@ -66,7 +66,7 @@ def claim(
     """
     chosen: dict[str, str] = {}
     for id, name in names:
-        if id not in chosen and not os.path.lexists(dirs.inbox / (TAKE + id)):
+        if id not in chosen and not durable.is_there(dirs.inbox / (TAKE + id), follow=False):
             chosen[id] = name
     try:
         for id, name in chosen.items():
@@ -204,7 +204,8 @@ def discard(dirs: Directories, id: str) -> None:
 def refuse(dirs: Directories, id: str, name: str, reason: str) -> str:
     """Move a claimed file to rejected/ with its reason; the name it has there."""
     kept = name if len(os.fsencode(name)) <= 200 else f"{name[:40]}.{id}"
-    if os.path.lexists(dirs.rejected / kept) or os.path.lexists(dirs.rejected / f"{kept}.reason"):
+    names = (kept, f"{kept}.reason")
+    if any(durable.is_there(dirs.rejected / name, follow=False) for name in names):
         kept = f"{kept}.{id}"
     why = dirs.rejected / f"{kept}.reason"
     durable.write(why, f"{reason}\n".encode("utf-8", "replace"))

@@ -7,10 +7,9 @@ explain is left as it is and told.  One that cannot be dealt with harms only its
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
-from codexd import place, spool
+from codexd import durable, place, spool
 from codexd.directories import Directories
 from codexd.ledger import Book
 from codexd.model import is_id
@@ -28,13 +27,13 @@ def tidy(dirs: Directories, book: Book, warn: Callable[..., None]) -> None:
 
 
 def _one(dirs: Directories, id: str, warn: Callable[..., None]) -> None:
-    if os.path.lexists(dirs.inbox / (spool.TAKE + id)):
+    if durable.is_there(dirs.inbox / (spool.TAKE + id), follow=False):
         return
     if not is_id(id):
         warn("not.ours", path=dirs.tasks / id, why="no task; left as it is")
-    elif (dirs.tasks / id / "status.json").exists():
+    elif place.is_concluded(dirs, id):
         place.archive(dirs, id)
-    elif (dirs.tasks / id / "task.json").exists():
+    elif durable.is_there(dirs.tasks / id / "task.json"):
         why = "the ledger's line of it is lost; left as it is: see codexd(7) if it is wanted"
         warn("task.unknown", task=id, why=why)
     elif place.is_probe(dirs, id):

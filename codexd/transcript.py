@@ -42,7 +42,7 @@ def append(path: Path, length: int | None, records: Sequence[Mapping[str, object
     """
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     data = text.encode("utf-8", "surrogatepass")
-    new = not path.exists()
+    new = not durable.is_there(path)
     fd = durable.opened(path, os.O_RDWR | os.O_CREAT)
     try:
         size = os.fstat(fd).st_size

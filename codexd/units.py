@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from codexd import exits
+from codexd import durable, exits
 from codexd.config import Directories
 from codexd.exits import Ended
 from codexd.model import ID_PATTERN
@@ -198,7 +198,7 @@ class Units:
             raise OSError(errno.ETIMEDOUT, what, "systemctl list-units")
 
     def _has_record(self, id: str) -> bool:
-        return (self._exits / id).exists()
+        return durable.is_there(self._exits / id)
 
     # --- what the master does -----------------------------------------------------
 
@@ -257,7 +257,7 @@ def still_there(dirs: Directories) -> set[str]:
 
     Raises OSError where there may be some, and systemd does not say.
     """
-    if not (dirs.exits / BELL).exists():
+    if not durable.is_there(dirs.exits / BELL):
         return set()
     try:
         told = subprocess.run(
