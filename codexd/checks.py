@@ -25,7 +25,6 @@ from codexd import codex, spool
 from codexd.config import Config, Directories
 
 _LEAST = {"PyYAML": (6, 0), "watchdog": (2, 2), "sdnotify": (0, 3)}
-_PYTHON = (3, 11)
 _WAIT = 30  # seconds for a tool
 _ROOM = 1 << 30  # bytes of free disk below which it is worth a word
 
@@ -58,10 +57,10 @@ class Host:
     @property
     def user(self) -> pwd.struct_passwd | None:
         """Whom the service runs as; None if there is no such user."""
+        if not self.dirs.systemwide:
+            return _account(os.geteuid())
         try:
-            if self.dirs.systemwide:
-                return pwd.getpwnam("codexd")
-            return pwd.getpwuid(os.geteuid())
+            return pwd.getpwnam("codexd")
         except KeyError:
             return None
 
@@ -81,6 +80,14 @@ class Host:
 
 
 Findings = Iterator[Finding]
+
+
+def _account(uid: int) -> pwd.struct_passwd:
+    """A user; one without a name, as in containers, goes by the number."""
+    try:
+        return pwd.getpwuid(uid)
+    except KeyError:
+        return pwd.struct_passwd((str(uid), "x", uid, os.getegid(), "", "/", "/bin/sh"))
 
 
 def ok(what: str) -> Finding:
@@ -138,8 +145,6 @@ def python(host: Host) -> Findings:
         told.append(f"{name} {found}")
         if tuple(map(int, re.findall(r"\d+", found)[:2])) < least:
             yield fail(f"{name} {found} is too old", f"pip install --upgrade {name}")
-    if sys.version_info < _PYTHON:
-        yield fail(f"{told[0]} is too old", "install Python 3.11 or newer")
     yield ok(", ".join(told))
 
 
@@ -202,7 +207,7 @@ def keys(host: Host) -> Findings:
     except FileNotFoundError:
         return
     if found.st_mode & 0o077 or found.st_uid != owner:
-        mend = f"chmod 600 {file}; chown {pwd.getpwuid(owner).pw_name}: {file}"
+        mend = f"chmod 600 {file}; chown {_account(owner).pw_name}: {file}"
         yield fail(f"{file} can be read by others, and the key in it", f"{mend}; renew the key")
     else:
         yield ok(f"{file} is for its owner alone")

@@ -269,8 +269,6 @@ class Finish:
         except ValueError as damage:
             text = f"{place.archived(self.dirs, task.id)}/status.json is damaged: {damage}"
             kind, outcome, told = Kind.FAILED, Outcome.UNKNOWN, {"message": text}
-        if not State(kind).ended:
-            return []
         now, events = clock.now(), []
         if kind is Kind.DONE and task.state is State.WAITING:
             events.append(Event(now, Kind.QUEUED, task.id))

@@ -262,15 +262,14 @@ class Keeper:
             seen = (binary, found.st_ino, found.st_mtime_ns, found.st_size)
             if seen == self._seen and now < self._ask_at:
                 return  # what it said stands: to ask costs a process
-            if seen != self._seen or not self.binary:
-                self._seen, self._ask_at = seen, math.inf
-                version = codex.version(binary, codex.environment(os.environ, self.home, []))
-                self.version = ".".join(map(str, version))
-                self.sandbox_verb = command.sandbox_verb(version)
-                self._old = profile.too_old(version)
-                self.binary = binary
-                self.told("codex.found", bin=binary, version=self.version)
-                self.pauses.end([Outcome.HOST.value])
+            self._seen, self._ask_at = seen, math.inf
+            version = codex.version(binary, codex.environment(os.environ, self.home, []))
+            self.version = ".".join(map(str, version))
+            self.sandbox_verb = command.sandbox_verb(version)
+            self._old = profile.too_old(version)
+            self.binary = binary
+            self.told("codex.found", bin=binary, version=self.version)
+            self.pauses.end([Outcome.HOST.value])
         except (codex.Missing, OSError) as problem:
             self._ask_at = clock.steady() + _LOOK  # from now: to ask may have taken long
             self.binary = self.version = ""

@@ -26,7 +26,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     told = {
         (str(r.nodeid).rpartition("/")[2].partition("::")[0], name.removeprefix(MARK), str(value))
         for r in reports
-        for name, value in r.user_properties
+        for name, value in getattr(r, "user_properties", ())
         if name.startswith(MARK)
     }
     terminalreporter.section(f"proofs: {LEVEL}, SEED={seed()}")

@@ -607,6 +607,10 @@ def test_a_damaged_record_of_an_ended_task_cannot_be_retried(daemon: Mortal) -> 
         assert daemon.reason(kept.name) == f"the record of task {id} is damaged: {why}\n"
         kept.unlink()
         kept.with_name(f"{kept.name}.reason").unlink()
+    (home / "task.json").write_text("{")
+    (daemon.dirs.inbox / f"{id}.retry").touch()
+    until(kept.exists, "the rejection of half a record")
+    assert daemon.reason(kept.name).startswith(f"the record of task {id} is damaged: {home}/task")
     told = json.loads((home / "status.json").read_text())
     for damage, why in {
         "": "not JSON: Expecting val",
@@ -1115,6 +1119,24 @@ def test_what_lies_in_the_way_of_one_task_holds_up_no_other(tmp_path: Path) -> N
         blocked.rmdir()
         until(blocked.is_file, "the answer")
         assert "attempts: 1\n" in blocked.read_text()
+        until(lambda: daemon.health()["status"] == "ok", "the end of trouble")
+
+
+def test_orders_that_cannot_be_written_hold_up_no_other(tmp_path: Path) -> None:
+    with Mortal(tmp_path / "root") as daemon:
+        id = spool.new_id()
+        (daemon.dirs.inbox / f"{id}.hold").touch()
+        daemon.drop(f"{id}.md", "x")
+        until(lambda: states(daemon) == {("waiting", 0)}, "the task, held")
+        blocked = daemon.dirs.tasks / id / "1"
+        blocked.touch()
+        (daemon.dirs.inbox / f"{id}.release").touch()
+        daemon.drop("other.md", "x")
+        assert daemon.answer("other")[1] == "fine\n"
+        trouble = until(lambda: daemon.health().get("trouble"), "trouble")
+        assert str(trouble).startswith(f"{blocked}")
+        blocked.unlink()
+        until((daemon.dirs.answers / f"{id}.md").is_file, "the answer")
         until(lambda: daemon.health()["status"] == "ok", "the end of trouble")
 
 

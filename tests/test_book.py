@@ -117,6 +117,12 @@ def test_a_lost_line_never_brings_a_task_back_or_makes_one_up(tmp_path: Path, lo
     assert sum("seal" in told for told in book.damaged) == 1, "told once"
 
 
+def test_a_damaged_first_line_is_told_to_whoever_adds_it() -> None:
+    book = Book()
+    book.feed(HEAD.replace(b"1", b"2", 1), 7)
+    assert book.damaged == ["byte 7: the first line, which names the format, is damaged"]
+
+
 def test_a_newer_format_is_refused_every_time(tmp_path: Path) -> None:
     path = tmp_path / "tasks.md"
     path.write_bytes(seal("# codexd ledger, format 2") + render(queued(1)))
@@ -292,6 +298,7 @@ BAD_CHECKPOINTS: dict[str, Callable[[Path, Path], object]] = {
     "beyond the end": lambda _, c: change(c, offset=1 << 40),
     "in the middle of a line": lambda p, c: change(c, offset=len(HEAD) + 9),
     "with an unknown state": lambda _, c: change(c, tasks=[{"id": ident(2), "state": "lost"}]),
+    "with a list that is none": lambda _, c: change(c, recent=7),
     "of a copy": lambda p, c: (
         p.rename(p.with_name("old")),
         p.write_bytes(p.with_name("old").read_bytes()),

@@ -445,6 +445,14 @@ def test_submit_and_check_know_the_limit(tmp_path: Path) -> None:
         assert done.stderr.startswith("codexd: standard input: larger than 2048 bytes")
 
 
+def test_a_broken_configuration_does_not_keep_a_task_from_the_inbox(tmp_path: Path) -> None:
+    """Nobody knows its limit then: the greatest of all holds, and the daemon says its own."""
+    root = down(tmp_path)
+    (root.root / "codexd.yaml").write_text("wrokers: 1\n")
+    done = root.run("task", "submit", "-", stdin="x" * 100_000)
+    assert (done.returncode, len(list(root.dirs.inbox.iterdir()))) == (0, 1), done.stderr
+
+
 def test_a_control_file_is_no_task(root: Root, tmp_path: Path) -> None:
     slip, full, empty = (tmp_path / n for n in ("notes.cancel", f"{NOBODY}.cancel", "all.hold"))
     slip.write_text("x")
@@ -560,6 +568,7 @@ def test_follow(root: Root) -> None:
     assert all(re.match(rf"\d\d:\d\d:\d\d task {id} ", line) for line in lines)
     assert lines[-1].endswith(f"task {id} done")
     assert root.run("task", "follow", NOBODY).returncode == 66
+    assert root.json("task", "follow", id)["state"] == "done"
 
 
 def test_show_for_people(root: Root) -> None:
@@ -1013,6 +1022,25 @@ def test_a_reader_that_has_seen_enough(root: Root) -> None:
         child.stdout.close()
         assert b"Traceback" not in child.stderr.read()
         assert child.wait(20) == 128 + signal.SIGPIPE
+
+
+def test_whoever_presses_control_c_sees_no_traceback(root: Root, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+
+    def is_read() -> bool:
+        try:
+            os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            return False
+        return True
+
+    command = root.command("check", str(fifo), str(fifo))
+    with subprocess.Popen(command, env=root.env, stderr=subprocess.PIPE, text=True) as child:
+        until(is_read, "it reads")
+        child.send_signal(signal.SIGINT)
+        assert child.communicate(timeout=20)[1] == ""
+    assert child.returncode == 130
 
 
 def test_an_answer_that_cannot_be_written(root: Root) -> None:

@@ -92,6 +92,20 @@ def test_missing_says_how_to_install(tmp_path: Path) -> None:
             assert words in str(missing.value)
 
 
+@pytest.mark.parametrize("package", [False, True])
+def test_a_package_that_is_missing_or_has_no_binary(tmp_path: Path, package: bool) -> None:
+    """As where nothing is installed, and as after a `pip` that was killed."""
+    if package:
+        (tmp_path / "codex_cli_bin").mkdir()
+        (tmp_path / "codex_cli_bin" / "__init__.py").touch()
+    find = "import sys; sys.path += sys.argv[1:]; from codexd import codex\n"
+    find += "try: codex.find('codex', '')\nexcept codex.Missing as why: print(why)"
+    places = [str(Path(codex.__file__).parents[1]), str(tmp_path)]
+    command = [sys.executable, "-I", "-S", "-c", find, *places]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Codex is not installed: no 'codex' on PATH; ")
+
+
 @pytest.mark.parametrize(
     "native",
     [
@@ -108,8 +122,10 @@ def test_npms_wrapper_is_passed_by(tmp_path: Path, native: str) -> None:
     link = str(tmp_path / "bin" / "codex")
     assert codex.find("codex", str(tmp_path / "bin")) == link
     program(modules / native.replace("MACHINE", "vax").replace("ARCH", "vax"))
+    machine = os.uname().machine
+    (modules / f"@openai/codex/vendor/{machine}-removed").mkdir(parents=True)
     assert codex.find(link, None) == link
-    there = program(modules / native.replace("MACHINE", os.uname().machine).replace("ARCH", "x"))
+    there = program(modules / native.replace("MACHINE", machine).replace("ARCH", "x"))
     assert codex.find("codex", str(tmp_path / "bin")) == there
     assert codex.find(link, None) == there
 
@@ -341,6 +357,8 @@ def test_tmpdir_is_dropped_when_codex_home_lies_below_it(tmp_path: Path) -> None
 
 def test_env_keys() -> None:
     text = """
+    [model_providers]
+    z = "no table"
     [model_providers.a]
     env_key = "A_KEY"
     env_http_headers = { "X-Org" = "A_ORG" }
@@ -357,6 +375,12 @@ def test_env_keys() -> None:
 def test_a_damaged_config_toml_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"line 1|nested"):
         codex.env_keys(text)
+
+
+def test_a_config_toml_that_is_no_text_is_a_value_error(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(b"a = 1\n# caf\xe9\n")
+    with pytest.raises(ValueError, match="byte 11: not UTF-8"):
+        codex.configuration(tmp_path)
 
 
 # --- what it leaves -----------------------------------------------------------

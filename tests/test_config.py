@@ -333,6 +333,7 @@ PATH = "a path: absolute, relative or ~/..., at most 4096 bytes"
         ("workers: *x", ":1: aliases, anchors and tags are not allowed; quote *, & or !"),
         ("a: b: c", f":1: {YAML}"),
         (b"workers: 1\n# caf\xe9", ":2: not UTF-8; save the file as UTF-8"),
+        (b"#" * (1 << 20) + b"\n", ": larger than 1048576 bytes"),
         (b"workers: 1\nx: \0", ":2: not valid YAML: character U+0000"),
     ],
 )

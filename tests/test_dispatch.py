@@ -139,6 +139,7 @@ def test_who_waits_for_a_directory_is_not_overtaken() -> None:
     more = [*queue, of("d", workdir="/d")]
     assert [t.id for t in ready(more, OPEN, 4, {"a"}, apart=True)] == ["d"]
     assert [t.id for t in ready(more[1:], OPEN, 4, set(), apart=True)] == ["b", "d"]
+    assert [t.id for t in ready(more[1:], OPEN, 1, set(), apart=True)] == ["b"]
 
 
 @given(st.lists(st.sampled_from(["/", "/a", "/a/b", "/ab", "/a/b/c", "/c"]), max_size=8))

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from codex_cli_bin import bundled_codex_path
 
-from codexd import codexchecks, doctor, heartbeat, lock, spool
-from codexd.config import Directories
+from codexd import checks, codexchecks, doctor, heartbeat, lock, spool
+from codexd.config import Directories, load
 from tests.box import BIN, Box
 from tests.box.host import require
-from tests.daemon import Daemon, until
+from tests.daemon import Daemon, uncovered, until
 from tests.installed import ALICE, CODEX, KEY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +43,7 @@ class Patient:
     def __init__(self, root: Path) -> None:
         self.dirs = Directories.below(root)
         self.env = {"CODEX_API_KEY": KEY}
+        self.wrapper: tuple[str, ...] = ()
         spool.prepare(self.dirs)
         self.configure()
 
@@ -51,8 +52,10 @@ class Patient:
         self.dirs.config_file.write_text(f"{text}codex:\n  bin: {chosen}\n")
 
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "codexd.cli", "--root", str(self.dirs.state), "doctor"]
-        env = {"PATH": os.defpath, "HOME": str(self.dirs.state), **self.env}
+        codexd = [sys.executable, "-m", "codexd.cli", "--root", str(self.dirs.state)]
+        command = [*self.wrapper, *codexd, "doctor"]
+        counts = {name: os.environ[name] for name in os.environ.keys() - uncovered().keys()}
+        env = {**counts, "PATH": os.defpath, "HOME": str(self.dirs.state), **self.env}
         env["PYTHONPATH"] = f"{env.get('PYTHONPATH', '')}:{ROOT}".lstrip(":")
         return subprocess.run(
             [*command, *options], capture_output=True, text=True, env=env, cwd="/", timeout=60
@@ -117,6 +120,16 @@ def test_an_old_package(patient: Patient, tmp_path: Path) -> None:
     assert patient.bad("python")["what"] == "watchdog 1.0 is too old"
 
 
+def test_packages_that_do_not_say_which_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dirs = Directories.below(tmp_path)
+    host = checks.Host(dirs, load(dirs, explicit=False), None, False, os.defpath)
+    monkeypatch.setattr(sys, "path", [])  # where they would say it
+    version = ".".join(map(str, sys.version_info[:3]))
+    assert list(checks.python(host)) == [checks.ok(f"Python {version}")]
+
+
 def test_hooks(patient: Patient, tmp_path: Path) -> None:
     works, cannot = script(tmp_path / "works", "true"), script(tmp_path / "cannot", "true")
     on = f"on:\n  done: {works} x\n"
@@ -143,6 +156,8 @@ def test_a_configuration_that_is_not_valid(patient: Patient) -> None:
 def test_no_codex_and_one_too_old(patient: Patient, tmp_path: Path) -> None:
     patient.configure(codex=tmp_path / "none")
     assert "is not an executable file" in patient.bad("codex")["what"]
+    patient.env.clear()
+    assert patient.bad("login")["mend"].endswith(f"={patient.dirs.codex_home} codex login")
     patient.configure(codex=script(tmp_path / "codex", "echo codex-cli 0.100.0"))
     assert "older than 0.130.0" in patient.bad("codex")["what"]
 
@@ -234,6 +249,30 @@ def test_a_directory_of_somebody_else(patient: Patient) -> None:
     assert patient.bad("directories")["mend"] == f"chown root: {patient.dirs.answers}"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be anybody")
+def test_a_user_without_a_name(patient: Patient) -> None:
+    """As in containers: who it is, the number says."""
+    patient.wrapper = ("unshare", "--user", "--map-user=54321")
+    (patient.dirs.state / "api.env").write_text("CODEX_API_KEY=x\n")
+    found = patient.found()
+    assert found["directories"][0]["what"].endswith(" are 54321's, with the right modes")
+    assert "; chown 54321: " in found["keys"][0]["mend"]
+
+
+def test_before_there_is_a_user_codexd(tmp_path: Path) -> None:
+    """Nobody is there whom Codex could be run as: that alone is said."""
+    dirs = Directories.system()
+    host = checks.Host(dirs, load(dirs, explicit=False), None, True, str(tmp_path))
+    if host.user:
+        pytest.skip("there is one here")
+    assert list(checks.directories(host)) == [
+        checks.fail("there is no user codexd", "codexd install")
+    ]
+    (codex,) = codexchecks.cli(host)
+    assert codex.what.endswith("; its version is asked as user codexd")
+    assert list(codexchecks.sandbox(host)) == []
+
+
 def test_places_that_are_not_there(patient: Patient, tmp_path: Path) -> None:
     text = f"workdirs: [work, {tmp_path}/w]\nmemory: {{paths: [{tmp_path}/n]}}\n"
     patient.configure(text)
@@ -244,6 +283,24 @@ def test_places_that_are_not_there(patient: Patient, tmp_path: Path) -> None:
 def test_a_full_disk(patient: Patient) -> None:
     patient.configure("limits: {disk_free: 1024G}\n")
     assert "less than limits.disk_free" in patient.bad("disk")["what"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_disk_that_is_nearly_full(patient: Patient) -> None:
+    small = f'mount -t tmpfs -o size=256M none {patient.dirs.state} && exec "$@"'
+    patient.wrapper = ("unshare", "--mount", "sh", "-c", small, "sh")
+    assert patient.bad("disk", "warn")["mend"] == "make room, or codexd gc"
+
+
+@pytest.mark.parametrize(("tool", "status"), [("echo yes", ["ok"]), ("echo no", ["warn"]),
+                                              ("exit 1", []), ("", [])])  # fmt: skip
+def test_the_clock(patient: Patient, tmp_path: Path, tool: str, status: list[str]) -> None:
+    """As timedatectl says; where it is not there, or has nobody to ask, nothing is said."""
+    patient.configure(codex=script(tmp_path / "codex", "echo codex-cli 0.163.0"))
+    if tool:
+        script(tmp_path / "timedatectl", tool)
+    patient.env["PATH"] = str(tmp_path)
+    assert [one["status"] for one in patient.found().get("clock", [])] == status
 
 
 def test_a_master_that_is_down_or_holds_tasks_back(patient: Patient) -> None:

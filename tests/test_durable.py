@@ -181,7 +181,8 @@ def test_a_file_without_an_end_is_not_read_for_ever() -> None:
 @pytest.mark.parametrize(
     "data",
     [b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe", b"\x00" * 9, b"[" * 100_000, b'{"a":}',
-     b'{"a": 1}{', b'{"a":' * 50_000, b"{" + b"9" * 5000 + b"}"],
+     b'{"a": 1}{', b'{"a":' * 50_000, b'{"a":' + b"[" * 200 + b"]" * 200 + b"}",
+     b"{" + b"9" * 5000 + b"}"],
 )  # fmt: skip
 def test_damaged_json_is_an_error_with_the_file_s_name_or_place(
     tmp_path: Path, data: bytes

@@ -82,6 +82,15 @@ def test_old_versions_tell_the_same_story(version: str) -> None:
     assert RECORDINGS[f"{version}/e429usage"].reader().errors[-1].startswith("You've hit your")
 
 
+def test_the_first_and_the_last_word_of_an_old_version() -> None:
+    reader = Reader()
+    reader.feed(line(id="", msg={"type": "session_configured", "session_id": THREAD}))
+    reader.feed(line(id="0", msg={"type": "task_started"}))
+    assert (reader.thread, reader.completed) == (THREAD, False)
+    reader.feed(line(id="0", msg={"type": "task_complete", "last_agent_message": "fine"}))
+    assert reader.completed
+
+
 def test_the_last_of_several_messages_is_the_answer() -> None:
     assert RECORDINGS["reasoning"].reader().message == "Done thinking."
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 
 import pytest
 
 from codexd import clock, free, heartbeat, spool
 from codexd.config import Config, Directories, load
+from codexd.control import Controls
+from codexd.finish import Finish
 from codexd.gate import Keeper
 from codexd.ledger import Ledger
-from codexd.model import Event, Kind, Task
+from codexd.model import Event, Kind, Sandbox, Task
 from codexd.outcome import Outcome
 from codexd.policy import REFUSALS
 from codexd.spend import Spend
@@ -237,3 +242,110 @@ def test_room_is_looked_for_where_codex_writes_as_well(tmp_path: Path, elsewhere
         "make room, work goes on by itself (limits.disk_free)"
     )
     assert free.shortage(config_with(tmp_path, elsewhere / "gone", least)) is None
+
+
+@pytest.mark.parametrize(("bytes", "text"), [(3 << 30, "3G"), (512 << 10, "512K"), (1000, "1000")])
+def test_a_size_is_told_as_it_is_configured(bytes: int, text: str) -> None:
+    assert free.size(bytes) == text
+
+
+def test_too_little_room_holds_all_until_there_is_more(tmp_path: Path) -> None:
+    one = Waiting(tmp_path)
+    plain = one.keeper.config
+    one.keeper.config = replace(plain, limits=replace(plain.limits, disk_free=1 << 60))
+    one.keeper.look(clock.steady())
+    assert "make room" in str(one.keeper.closed["disk"]["message"])
+    one.keeper.config = plain
+    one.keeper.look(clock.steady())
+    assert one.keeper.closed == {}
+
+
+def test_a_damaged_configuration_of_codex_is_told_and_not_hidden_behind(tmp_path: Path) -> None:
+    """Commands are in the plain sandbox then, and somebody hears of it."""
+    one, told = Waiting(tmp_path), []
+    one.keeper.warn = lambda event, **fields: told.append((event, *fields.values()))
+    (one.dirs.codex_home / "config.toml").write_text("[")
+    one.keeper.look(clock.steady())
+    assert one.keeper.sandbox(None, Sandbox.WORKSPACE_WRITE) == "workspace-write"
+    one.keeper.look(clock.steady())
+    assert [event for event, _ in told] == ["codex.config", "codex.profile"]
+    assert "Invalid initial character" in str(one.keeper.unhidden)
+
+
+@pytest.mark.parametrize("what", ["directory", "link"])
+def test_a_sign_of_life_is_given_whatever_lies_in_its_place(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "heartbeat"
+    path.mkdir() if what == "directory" else path.symlink_to("/dev/zero")
+    heartbeat.write(path, {"running": 3})
+    assert json.loads(path.read_text())["running"] == 3
+
+
+# --- a ledger without room -----------------------------------------------------------------
+
+
+@contextmanager
+def no_room(ledger: Path) -> Iterator[None]:
+    """No file of this process may become longer than the ledger is now."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ledger.stat().st_size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class Told:
+    """A keeper of the gate, those who obey control files, and a launcher that is told to stop."""
+
+    def __init__(self, root: Path) -> None:
+        one = Waiting(root)
+        spool.prepare(one.dirs)
+        self.inbox, self.keeper, self.ledger = one.dirs.inbox, one.keeper, one.keeper.ledger
+        self.stopped: list[str] = []
+        self.refused: list[object] = []
+        launcher = SimpleNamespace(stop=self.stopped.extend)
+        settings, finish = one.keeper.config, Finish(one.keeper.config, one.keeper.spend, silent)
+        self.controls = Controls(
+            settings, self.ledger, launcher, self.keeper, finish,  # type: ignore[arg-type]
+            lambda error, **_: self.refused.append(error),
+        )  # fmt: skip
+
+    def obey(self, *names: str) -> set[str]:
+        """Give these, each later than the one before, and obey what is there; what is left."""
+        for second, name in enumerate(names):
+            (self.inbox / name).touch()
+            os.utime(self.inbox / name, (second, second))
+        self.controls.obey(os.listdir(self.inbox), self.ledger.append)  # type: ignore[arg-type]
+        return set(os.listdir(self.inbox))
+
+
+def test_without_room_in_the_ledger_the_file_itself_remembers_a_hold(tmp_path: Path) -> None:
+    one = Told(tmp_path)
+    with no_room(one.ledger.path):
+        assert one.obey("all.hold") == {"all.hold"}
+        one.keeper.look(clock.steady())
+        assert list(one.keeper.closed) == ["hold"]
+        assert one.obey("all.hold", "all.release") == set()
+        assert one.keeper.closed == {}
+        assert one.obey("all.hold") == {"all.hold"}
+        assert one.obey("all.release", "all.hold") == {"all.hold"}, "the last word stands"
+        assert list(one.keeper.closed) == ["hold"]
+    assert one.ledger.book.gate == {}
+    one.keeper.look(clock.steady())
+    assert one.obey() == set()
+    assert list(one.ledger.book.gate) == ["hold"]
+
+
+def test_without_room_in_the_ledger_a_cancel_stops_the_task_that_fills_the_disk(
+    tmp_path: Path,
+) -> None:
+    one = Told(tmp_path)
+    with no_room(one.ledger.path):
+        assert one.obey(f"{ID}.cancel") == {f"{ID}.cancel"}
+        assert (one.stopped, len(one.refused)) == ([], 1), "it does not run"
+    one.ledger.append([Event(clock.now(), Kind.RUNNING, ID, {"launches": 1, "attempts": 1})])
+    with no_room(one.ledger.path):
+        assert one.obey() == {f"{ID}.cancel"}
+        assert (one.stopped, len(one.refused)) == ([ID], 2)
+    assert one.obey() == set()
+    assert one.ledger.book.tasks[ID].cancel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import stat
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from codexd import config, delivery, durable, hook
+from codexd import config, delivery, durable, errands, hook
 from codexd.delivery import Occasion, Owed
 from codexd.ledger import Follower, Ledger
 from codexd.model import Event, Kind, Note, is_id
@@ -163,6 +164,14 @@ def test_it_survives_a_start(books: tuple[Path, Path], marked: int) -> None:
     ledger.close()
 
 
+def test_what_is_owed_no_longer_is_not_put_off(books: tuple[Path, Path]) -> None:
+    """The line that says so may be the damaged one."""
+    ledger = Ledger(*books)
+    ledger.append([line(Note.DEFERRED, B, tries=1, until=SOON)])
+    assert ledger.book.owed == {}
+    ledger.close()
+
+
 def test_a_damaged_line_is_reported(books: tuple[Path, Path]) -> None:
     ledger = Ledger(*books)
     ledger.append([line(Note.OWED, A), line(Note.TOLD, A)])
@@ -245,6 +254,81 @@ def test_an_event_with_a_result_is_not_told_again(tmp_path: Path) -> None:
     order(tmp_path, *command)
     order(tmp_path, *command)
     assert (tmp_path / "runs").read_text() == ".\n"
+
+
+def test_a_result_is_believed_of_its_own_event_alone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert errands.result(run, "x.done") is None
+    order(run, "/bin/sh", "-c", "echo yes")
+    assert errands.result(run, "x.done") == (None, "yes\n")
+    assert errands.result(run, "x.failed") is None
+    (run / hook.RESULT).write_text("{")
+    problem, _ = errands.result(run, "x.done") or ("", "")
+    assert str(problem).startswith("its result is damaged: ")
+    for _ in range(2):
+        errands.end(run)  # also once more, after a crash
+    assert not run.exists()
+
+
+def test_what_ended_a_unit_without_a_result_is_told(tmp_path: Path) -> None:
+    """As systemd calls it then (ExecStopPost=)."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "codexd.hook", "--ended", str(run)]
+
+    def ended(how: str) -> None:
+        env = {**os.environ, "SERVICE_RESULT": how}
+        subprocess.run(command, env=env, check=True, timeout=20)
+
+    ended("success")
+    assert not run.exists(), "the master had seen it all"
+    errands.begin(run, "x.done", ["/bin/true"], {}, 20, {})
+    ended("oom-kill")
+    told = "its unit ended without a result: oom-kill"
+    assert errands.result(run, "x.done") == (told, "")
+    hook.leave(run, "x.done", None, "fine")
+    ended("success")
+    assert errands.result(run, "x.done") == (None, "fine")
+
+
+@pytest.mark.parametrize(
+    ("systemctl", "why"),
+    [
+        ("echo 'Failed: no such unit' >&2; echo more >&2; exit 5", "Failed: no such unit"),
+        ("exec sleep 300", "systemctl did not answer within 0.2 s"),
+        ("exit 0", None),
+    ],
+)
+def test_a_unit_that_systemd_does_not_start_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, systemctl: str, why: str | None
+) -> None:
+    """What is asked is a stand-in for systemctl."""
+    tool = tmp_path / "systemctl"
+    tool.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/asked\n{systemctl}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(errands, "DEADLINE", 20.0 if "sleep" not in systemctl else 0.2)
+    runs = errands.Instances(systemwide=True)
+    assert runs.lost(A) is None
+    runs.start(A, tmp_path)
+    found: list[str | None] = []
+
+    def over() -> bool:
+        found.append(runs.lost(A))
+        return runs.pause(0.0) == math.inf  # there is no call to wait for
+
+    until(over, "the end of the call")
+    assert found[-1] == why
+    if why is None:
+        asked = (tmp_path / "asked").read_text()
+        assert asked.endswith(f" --system start -- codexd-hook@{A}.service\n")
+
+
+def test_an_order_that_is_none_is_refused(tmp_path: Path) -> None:
+    asked = {"event": "x.done", "command": "rm -r x", "env": {}, "limit": 20}
+    durable.write_json(tmp_path / hook.ORDER, asked)
+    with pytest.raises(ValueError, match="no command"):
+        hook.run(tmp_path)
+    assert not (tmp_path / hook.RESULT).exists()
 
 
 def test_it_ends_with_its_parent(tmp_path: Path) -> None:

@@ -256,6 +256,19 @@ def test_a_codex_and_a_codex_home_elsewhere(tmp_path: Path) -> None:
     assert "codexd-http.service" not in found
 
 
+def test_a_codex_that_is_a_link_to_one_outside_of_a_package(tmp_path: Path) -> None:
+    """What the link leads to is shown, and nothing of what lies around it."""
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "codex-0.163").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "downloads" / "codex-0.163")
+    found = dropin.texts(configured(tmp_path, ""), [], str(tmp_path / "link"))
+    shown = f"{tmp_path}/downloads/codex-0.163"
+    assert found["codexd.service"].splitlines()[1:] == [
+        f"BindReadOnlyPaths=-{shown}",
+        f"BindReadOnlyPaths=-{shown}:{tmp_path}/link",
+    ]
+
+
 def test_a_login_of_ones_own_in_a_home_with_a_blank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from codexd import config, rotate, spool
+from codexd import audit, config, rotate, spool
 from codexd.directories import Directories
 from codexd.ledger import Ledger, render, seal
 from codexd.model import Kind
@@ -31,6 +31,7 @@ pytestmark = pytest.mark.xdist_group("ledger-command")
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = Path(__file__).parent / "bin" / "codex"
+POWERLESS = ["setpriv", "--bounding-set=-all"] if os.geteuid() == 0 else []
 CONFIG = f"codex:\n  bin: {FAKE}\nhttp:\n  listen: off\n"
 
 
@@ -41,9 +42,11 @@ class Root:
         self.dirs = Directories.below(place)
         spool.prepare(self.dirs)
         self.ledger = self.dirs.ledger
+        self.wrapper: list[str] = []
 
     def run(self, *args: str) -> subprocess.CompletedProcess[str]:
-        command = [PYTHON, "-m", "codexd.cli", "--root", str(self.dirs.state), "ledger", *args]
+        codexd = [*self.wrapper, PYTHON, "-m", "codexd.cli", "--root", str(self.dirs.state)]
+        command = [*codexd, "ledger", *args]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     def verified(self, *args: str) -> tuple[int, list[str]]:
@@ -213,6 +216,11 @@ def test_a_torn_tail(root: Root) -> None:
     shutil.copy(root.ledger, copy)
     assert root.verified(str(copy))[0] == 1, "nobody writes a copy"
     holder.communicate("")
+    assert root.verified()[0] == 1, "and nobody writes this one any more"
+    # Whose daemon it is, is not for everybody to see.
+    root.dirs.lock.chmod(0)
+    root.wrapper = POWERLESS
+    assert root.verified()[0] == 0
 
 
 @pytest.mark.parametrize("end", [b"", b"\n"])
@@ -376,6 +384,33 @@ def test_whoever_has_seen_enough(root: Root) -> None:
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert json.loads(done.stdout)["id"] == ident(0)
     assert not done.stderr
+
+
+def test_a_rotation_that_a_crash_broke_off_tells_nothing_twice(root: Root) -> None:
+    """The ledger has a second name then, until the next start."""
+    one = Ledger(root.ledger, root.dirs.checkpoint)
+    one.append([queued(1)])
+    one.rotate(AT)
+    one.append([queued(2)])
+    one.close()
+    (old,) = rotate.kept(root.ledger)
+    os.link(root.ledger, old.with_name("tasks-20991231T235959Z.md"))
+    assert len(rotate.kept(root.ledger)) == 2
+    found = [json.loads(line) for line in root.run("export").stdout.splitlines()]
+    assert [e["id"] for e in found if e["kind"] == "queued"] == [ident(1), ident(2)]
+
+
+def test_an_old_file_that_is_removed_meanwhile_is_left_out(root: Root) -> None:
+    one = Ledger(root.ledger, root.dirs.checkpoint)
+    for _ in range(3):
+        one.rotate(AT)
+    one.close()
+    first, second, third = rotate.kept(root.ledger)
+    looked = audit.files(root.dirs)
+    names = [next(looked).name]
+    second.unlink()
+    names += [file.name for file in looked]
+    assert [*map(str, names)] == [*map(str, (first, third, root.ledger))]
 
 
 # --- how long they are kept -----------------------------------------------------------------

@@ -333,6 +333,22 @@ def test_odd_names_are_quoted(tmp_path: Path) -> None:
 # --- whether it works -----------------------------------------------------------------
 
 
+def test_a_sandbox_that_works_is_remembered_and_one_that_does_not_is_tried_again(
+    tmp_path: Path,
+) -> None:
+    binary, broken = tmp_path / "codex", tmp_path / "broken"
+    binary.write_text(f"#!/bin/sh\ntest ! -e {broken} || {{ echo bwrap: no >&2; exit 3; }}\n")
+    binary.chmod(0o755)
+    one = str(binary), str(tmp_path), {"PATH": os.defpath}, ["sandbox"]
+    assert canary.works(*one) is None
+    broken.touch()
+    assert canary.works(*one) is None
+    canary.forget(str(tmp_path))
+    assert str(canary.works(*one)).endswith(", so nothing is run: bwrap: no")
+    broken.unlink()
+    assert canary.works(*one) is None
+
+
 def test_a_real_codex_heeds_it_and_is_asked_once(tmp_path: Path) -> None:
     found = installed(tmp_path / "root")
     home = str(found.codex.home)

@@ -13,21 +13,28 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from codexd import place
+from codexd import clock, config, exits, place, spool, transcript
+from codexd.directories import Directories
+from codexd.exits import Ended
+from codexd.finish import Finish, Finished
 from codexd.ledger import Ledger
-from codexd.model import Event, Kind
-from tests.daemon import PYTHON, Daemon, until
+from codexd.model import Event, Kind, State, Task, apply
+from codexd.outcome import Outcome
+from codexd.spend import Spend
+from tests.daemon import PYTHON, Daemon, read_answer, until
 from tests.processes import codex_of, commands, gone, kill, worker_of
 from tests.scripted_cases import CaseModel
 from tests.test_failures import CONFIG, Seen, id_of, prepared
 
 pytestmark = pytest.mark.xdist_group("recovery")
 
+FAKE = Path(__file__).parent / "bin" / "codex"
 UNKNOWN_THREAD = "01a20000-0000-7000-8000-000000000000"
 
 
@@ -214,6 +221,134 @@ def test_a_host_that_cannot_start_workers_gets_time(daemon: Daemon, model: CaseM
     )
     assert daemon.json("task", "show", id)["attempts"] == 1
     assert "host" not in daemon.json("status")["gate"]
+
+
+# --- what is made of what an attempt left -------------------------------------------------
+
+ID = "20261123t072011-k3f9qa7x2m"
+
+
+class Judge:
+    """The master's judge, and a task whose first attempt has ended."""
+
+    def __init__(self, root: Path, **facts: object) -> None:
+        self.dirs = Directories.below(root)
+        self.config = config.load(self.dirs, explicit=False)
+        spool.prepare(self.dirs)
+        ran = Task(ID, State.RUNNING, launches=1, attempts=1, created=clock.now(), workdir="/")
+        self.task = replace(ran, **facts)  # type: ignore[arg-type]
+        self.at = self.dirs.tasks / ID / "1"
+        self.at.mkdir(parents=True)
+        self.told: list[str] = []
+        used = Spend(self.dirs.usage, self.log)
+        self.finish = Finish(self.config, used, self.log)
+
+    def log(self, event: str, **_: object) -> None:
+        self.told.append(event)
+
+    def left(self, **result: object) -> Finished:
+        (self.at / "started").touch()
+        (self.at / "result.json").write_text(json.dumps(result))
+        return self.finish.judge(self.task)
+
+
+def test_a_worker_that_did_not_start_again_gets_time(tmp_path: Path) -> None:
+    assert Judge(tmp_path / "a").finish.judge(Judge(tmp_path / "b").task).event.kind is Kind.QUEUED
+    again = Judge(tmp_path / "c", interruptions=1)
+    found = again.finish.judge(again.task)
+    assert (found.event.kind, found.delay > 0) == (Kind.WAITING, True)
+
+
+def test_a_turn_in_another_thread_than_the_one_asked_for_is_not_done_twice(tmp_path: Path) -> None:
+    one = Judge(tmp_path)
+    found = one.left(outcome="thread-lost", turn_started=True, exit_status=0)
+    assert (found.event.kind, found.event.facts["outcome"]) == (Kind.FAILED, "unknown")
+
+
+@pytest.mark.parametrize("result", [{}, {"outcome": "well done"}, {"outcome": ["done"]}])
+def test_a_result_without_a_known_outcome_is_not_done(
+    tmp_path: Path, result: dict[str, object]
+) -> None:
+    facts = Judge(tmp_path).left(**result).event.facts
+    assert facts["outcome"] == "unknown"
+    assert "names no known outcome" in str(facts["message"])
+
+
+@pytest.mark.parametrize("orders", ["{", None, '{"verify": {"command": "make"}}'])
+def test_whether_a_killed_worker_had_to_check_is_not_guessed(
+    tmp_path: Path, orders: str | None
+) -> None:
+    one = Judge(tmp_path)
+    (one.at / "started").touch()
+    if orders:
+        (one.at / "attempt.json").write_text(orders)
+    said = {"type": "agent_message", "id": "i", "text": "yes"}
+    events = [
+        {"type": "turn.started"}, {"type": "item.completed", "item": said},
+        {"type": "turn.completed", "usage": {}},
+    ]  # fmt: skip
+    (one.at / "events.jsonl").write_text("".join(f"{json.dumps(e)}\n" for e in events))
+    assert one.finish.evidence.result(one.task).outcome is Outcome.INTERRUPTED
+    (one.at / "attempt.json").write_text('{"verify": null}')
+    assert one.finish.evidence.result(one.task).outcome is Outcome.DONE
+
+
+def test_the_exit_record_says_who_ended_a_turn(tmp_path: Path) -> None:
+    one = Judge(tmp_path)
+    (one.at / "started").touch()
+    found = one.finish.evidence.result(
+        one.task, Ended("oom-kill", "killed", "KILL", boot=exits.boot())
+    )
+    assert found.outcome is Outcome.OOM
+
+
+def test_what_is_no_transcript_is_kept_aside_for_a_new_one(tmp_path: Path) -> None:
+    one = Judge(tmp_path, session="web")
+    path = one.dirs.transcripts / "web.jsonl"
+    path.mkdir()
+    assert one.left(outcome="done", answer="yes", exit_status=0).event.kind is Kind.DONE
+    assert one.told == ["transcript.damaged"]
+    assert transcript.last(path, 9)[-1]["text"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "kinds"),
+    [
+        (State.RUNNING, "done", ["done"]),
+        (State.QUEUED, "done", ["running", "done"]),
+        (State.WAITING, "done", ["queued", "running", "done"]),
+        (State.WAITING, "cancelled", ["cancelled"]),
+        (State.RUNNING, "running", ["failed"]),
+        (State.RUNNING, "over", ["failed"]),
+    ],
+)
+def test_whose_last_line_was_damaged_is_told_again_and_not_run(
+    tmp_path: Path, state: State, status: str, kinds: list[str]
+) -> None:
+    one = Judge(tmp_path, state=state)
+    shelf = place.archived(one.dirs, ID)
+    shelf.parent.mkdir()
+    (one.dirs.tasks / ID).rename(shelf)
+    (shelf / "status.json").write_text(json.dumps({"id": ID, "state": status, "outcome": status}))
+    events, task = one.finish.retold(one.task), one.task
+    assert [event.kind.value for event in events] == kinds
+    for event in events:
+        task = apply(task, event)  # or the ledger would refuse them
+    if kinds == ["failed"]:
+        assert "status.json is damaged: " in str(events[0].facts["message"])
+
+
+def test_a_wait_that_ended_while_nobody_served_is_over(tmp_path: Path) -> None:
+    one = Daemon(tmp_path / "root", config=f"codex:\n  bin: {FAKE}\nhttp:\n  listen: off\n")
+    waits: dict[str, object] = {"until": "2026-11-23T07:21:00.000Z", "reason": "transient"}
+    ran: dict[str, object] = {"launches": 1, "attempts": 1}
+    lines = (Kind.QUEUED, {}), (Kind.RUNNING, ran), (Kind.WAITING, waits)
+    one.left(ID, *lines, at="2026-11-23T07:20:11.123Z", outcome="transient")
+    with one:
+        path = one.dirs.answers / f"{ID}.md"
+        until(path.exists, "the answer")
+        front, _ = read_answer(path)
+    assert (front["state"], front["attempts"]) == ("done", 2)
 
 
 # --- where it was, as a crash leaves it on disk --------------------------------------------

@@ -608,6 +608,14 @@ def test_a_dry_run_removes_nothing_and_tells_the_same(state: Place) -> None:
     assert gc(state.dirs.state).stderr == "nothing is old enough\n"
 
 
+def test_gc_tells_what_it_could_not_remove(state: Place) -> None:
+    home = state.task(ID.format(1), 999)
+    (home.parent / f".gone-{home.name}").write_text("")
+    done = gc(state.dirs.state)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"codexd: {home}: ")
+
+
 def test_gc_where_nothing_is(tmp_path: Path) -> None:
     assert gc(tmp_path / "none", "--dry-run").stderr == "nothing is old enough\n"
     assert gc(tmp_path / "none").returncode == 69

@@ -171,6 +171,11 @@ def test_a_report_reads_no_more_than_the_last_days(tmp_path: Path, zone: Any) ->
     assert len(found) == DAYS - 1
     assert found[-1]["day"] == "2027-03-02"
     assert [str(dirs.usage / "2027-01-01.json") in damage for damage in view.damaged] == [True]
+    dirs.inbox.mkdir()
+    done = Daemon(tmp_path).run("usage")
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"codexd: {dirs.usage}/2027-01-01.json: ")
+    assert done.stderr.endswith("; not counted\n")
     assert view.usage("model") == [
         {
             "model": "m",

@@ -165,7 +165,8 @@ def test_a_codex_that_is_not_there_is_host(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "said"), [("hang-turn", "turn.started"), ("hang-failed", "at capacity")]
+    ("mode", "said"),
+    [("hang-turn", "turn.started"), ("hang-failed", "at capacity"), ("stubborn", "turn.started")],
 )
 def test_sigterm_interrupts_the_turn(tmp_path: Path, mode: str, said: str) -> None:
     place = Place(tmp_path)
