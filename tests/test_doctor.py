@@ -268,6 +268,15 @@ def test_what_the_master_says_of_the_sandbox(
     assert (one["status"], (told or "works") in one["what"]) == (status, True)
 
 
+def test_a_configuration_that_the_master_refused(patient: Patient) -> None:
+    """It goes on with the one before; who looks only at the file may have mended it since."""
+    held = lock.hold(patient.dirs.lock, 1.0)
+    heartbeat.write(patient.dirs.heartbeat, {"config_problem": "codexd.yaml:1: wrokers"})
+    one = patient.bad("master")
+    os.close(held)
+    assert one["what"] == "the master refused codexd.yaml: codexd.yaml:1: wrokers"
+
+
 def with_units(patient: Patient, text: str, path: str = os.defpath) -> checks.Host:
     """The patient, if systemd were to start its workers."""
     patient.configure(text)
