@@ -163,10 +163,7 @@ def again(asked: object) -> Request:
     if not isinstance(asked, dict):
         raise Refused("it has no request")
     kept = {key: asked[key] for key in KEYS if key in asked and key not in _ONCE}
-    try:
-        text = json.dumps(kept)
-    except RecursionError as err:
-        raise Refused("nested too deep") from err
+    text = json.dumps(kept)  # as deep as `durable.read_json` takes it
     return parse(".json", text.encode(), max_bytes=len(text))
 
 

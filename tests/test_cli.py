@@ -453,6 +453,21 @@ def test_a_broken_configuration_does_not_keep_a_task_from_the_inbox(tmp_path: Pa
     assert (done.returncode, len(list(root.dirs.inbox.iterdir()))) == (0, 1), done.stderr
 
 
+def test_a_full_disk_takes_no_task(tmp_path: Path) -> None:
+    """The inbox on a file system of 64 KiB, in a mount namespace of the command's own."""
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("this host gives no user namespaces")
+    root, big = Root(tmp_path / "root"), tmp_path / "big.md"
+    root.dirs.inbox.mkdir()
+    big.write_text("x" * 200_000)
+    mount = f'mount -t tmpfs -o size=64k none "{root.dirs.inbox}" && exec "$@"'
+    command = [*unshare, "sh", "-c", mount, "sh", *root.command("task", "submit", str(big))]
+    done = subprocess.run(command, env=root.env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr == f"codexd: {root.dirs.inbox}: No space left on device\n"
+
+
 def test_a_control_file_is_no_task(root: Root, tmp_path: Path) -> None:
     slip, full, empty = (tmp_path / n for n in ("notes.cancel", f"{NOBODY}.cancel", "all.hold"))
     slip.write_text("x")
@@ -502,6 +517,30 @@ def test_what_a_full_queue_leaves_in_the_inbox_is_told(tmp_path: Path) -> None:
             "codexd: it works, but something has to be mended\n"
             "inbox: the queue is full (limits.queue); files wait until there is room\n"
         )
+
+
+@pytest.mark.parametrize(("dies", "why"), [
+    (False, "codexd has not taken it yet"), (True, "codexd is not serving now"),
+])  # fmt: skip
+def test_what_a_daemon_that_stands_still_leaves_in_the_inbox_is_told(
+    tmp_path: Path, dies: bool, why: str
+) -> None:
+    with Root(tmp_path / "root") as root:
+        assert root.child is not None
+        root.child.send_signal(signal.SIGSTOP)
+        try:
+            command = root.command("ask", "--timeout", "2", "x")
+            with subprocess.Popen(
+                command, env=root.env, stderr=subprocess.PIPE, text=True
+            ) as asking:
+                until(lambda: list(root.dirs.inbox.iterdir()), "the file")
+                if dies:
+                    root.child.kill()
+                _, told = asking.communicate(timeout=60)
+        finally:
+            root.child.send_signal(signal.SIGCONT)
+    assert asking.returncode == 75
+    assert re.search(f"^codexd: task {ID} lies in the inbox: {why}$", told, re.MULTILINE)
 
 
 def test_whoever_waits_is_told_that_the_daemon_stops_and_that_the_task_goes_on(
@@ -1166,6 +1205,17 @@ def test_a_selftest_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.
         assert child.wait(30) == 128 + number
     assert list(place.iterdir()) == []
     assert not Daemon(place).processes()
+
+
+def test_a_selftest_that_fails_says_where(tmp_path: Path) -> None:
+    codex = tmp_path / "codex"
+    codex.write_text(f'#!/bin/sh\nCODEX_FAKE_MODE=replay:e400 exec {FAKE} "$@"\n')
+    codex.chmod(0o755)
+    done = Daemon(tmp_path / "root", config=f"codex:\n  bin: {codex}\n").run("selftest")
+    assert done.returncode == 1
+    *_, ready, failed = done.stdout.partition(" started ")[0].splitlines()[:3]
+    assert ready == "ok    codexd serve is ready"
+    assert re.match(rf"fail  task {ID} is failed \(config\): Invalid request: bad", failed)
 
 
 def test_selftest_without_codex(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from codex_cli_bin import bundled_codex_path
 
-from codexd import checks, codexchecks, doctor, heartbeat, lock, spool
+from codexd import checks, codexchecks, config, doctor, heartbeat, lock, spool, unitchecks
 from codexd.config import Directories, load
 from tests.box import BIN, Box
 from tests.box.host import require
@@ -54,8 +55,9 @@ class Patient:
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
         codexd = [sys.executable, "-m", "codexd.cli", "--root", str(self.dirs.state)]
         command = [*self.wrapper, *codexd, "doctor"]
+        # Of all else of ours: what counts the lines that are run.
         counts = {name: os.environ[name] for name in os.environ.keys() - uncovered().keys()}
-        env = {**counts, "PATH": os.defpath, "HOME": str(self.dirs.state), **self.env}
+        env = {"PATH": os.defpath, "HOME": str(self.dirs.state), **counts, **self.env}
         env["PYTHONPATH"] = f"{env.get('PYTHONPATH', '')}:{ROOT}".lstrip(":")
         return subprocess.run(
             [*command, *options], capture_output=True, text=True, env=env, cwd="/", timeout=60
@@ -320,6 +322,53 @@ def test_what_the_master_says_of_the_sandbox(
     (one,) = patient.found()["worker sandbox"]
     os.close(held)
     assert (one["status"], (told or "works") in one["what"]) == (status, True)
+
+
+def test_a_configuration_that_the_master_refused(patient: Patient) -> None:
+    """It goes on with the one before; who looks only at the file may have mended it since."""
+    held = lock.hold(patient.dirs.lock, 1.0)
+    heartbeat.write(patient.dirs.heartbeat, {"config_problem": "codexd.yaml:1: wrokers"})
+    one = patient.bad("master")
+    os.close(held)
+    assert one["what"] == "the master refused codexd.yaml: codexd.yaml:1: wrokers"
+
+
+def with_units(patient: Patient, text: str, path: str = os.defpath) -> checks.Host:
+    """The patient, if systemd were to start its workers."""
+    patient.configure(text)
+    return checks.Host(patient.dirs, config.load(patient.dirs, explicit=False), None, True, path)
+
+
+def test_a_hook_that_its_unit_does_not_see(patient: Patient) -> None:
+    (one,) = unitchecks.hooks(with_units(patient, "on:\n  done: /tmp/hook\n"))
+    assert one.what == "on.done: /tmp/hook is hidden from codexd-hook@.service"
+    assert one.mend == "put it into /etc/codexd or /usr/local"
+
+
+def test_a_place_that_no_unit_can_name(patient: Patient) -> None:
+    (one,) = unitchecks.drop_ins(with_units(patient, "workdirs: [work, '/srv/a$b']\n"))
+    assert one.what.startswith("'/srv/a$b' has characters that a unit file cannot name; ")
+    assert one.mend == "mend that, then: codexd install --user"
+
+
+def test_units_that_systemd_does_not_know(
+    patient: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were laid down, and it has not looked since."""
+    script(tmp_path / "systemctl", "echo LoadState=not-found")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = list(unitchecks.units(with_units(patient, "workers: 2\n")))
+    assert found[0].what == "systemd does not know codexd.service"
+    assert {one.mend for one in found} == {
+        "codexd install --user; systemctl --user daemon-reload",
+    }  # fmt: skip
+
+
+def test_of_a_codex_that_nobody_finds_its_own_check_tells(patient: Patient) -> None:
+    host = with_units(patient, "workers: 2\n")
+    nowhere = replace(host.config.codex, bin="no-such-codex-anywhere")
+    bare = replace(host, config=replace(host.config, codex=nowhere))
+    assert list(unitchecks.service_path(bare)) == []
 
 
 # --- a whole host -------------------------------------------------------------------------

@@ -11,15 +11,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO, NoReturn
 
 import pytest
 
+from codexd import sockets
+from codexd.config import HttpConfig
 from codexd.openapi import DOCUMENT
 from codexd.program import Exit
+from codexd.sockets import NoSocket
 from tests.web import PATIENCE, Client, Web
 
 TOKEN = "0123456789abcdef0123456789abcdef"
+POWERLESS = ["setpriv", "--bounding-set=-all"] if os.geteuid() == 0 else []
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +370,14 @@ def test_a_token_that_guards_nothing_is_refused(
     assert TOKEN not in log
 
 
+def test_no_token_and_one_that_is_no_file(tmp_path: Path) -> None:
+    """A socket of systemd's may be one of TCP whatever http.listen says."""
+    with pytest.raises(NoSocket, match=r"http\.token_file is not set"):
+        sockets.token(None)
+    with pytest.raises(NoSocket, match=r"cannot be read: Is a directory$"):
+        sockets.token(tmp_path)
+
+
 # --- where it listens ---------------------------------------------------------------
 
 
@@ -425,6 +439,60 @@ def test_a_root_too_deep_for_a_socket_is_told(tmp_path: Path) -> None:
     assert "http.sock is too long a name for a socket" in log
 
 
+def refused(listen: Path | tuple[str, int]) -> tuple[Exit, str]:
+    """Why nobody can listen there."""
+    with pytest.raises(NoSocket) as caught:
+        sockets.bind(HttpConfig(listen), {})
+    return caught.value.status, str(caught.value)
+
+
+def crowd(path: Path, clients: ExitStack) -> NoReturn:
+    """Connect, again and again, until that would have to wait."""
+    while True:
+        client = clients.enter_context(socket.socket(socket.AF_UNIX))
+        client.setblocking(False)
+        client.connect(str(path))
+
+
+def test_a_server_with_many_waiting_is_alive(tmp_path: Path) -> None:
+    """It takes no connection more now; that is no reason to take its place."""
+    path = tmp_path / "http.sock"
+    with socket.socket(socket.AF_UNIX) as server, ExitStack() as clients:
+        server.bind(str(path))
+        server.listen(0)
+        with pytest.raises(BlockingIOError):
+            crowd(path, clients)
+        assert refused(path) == (
+            Exit.UNAVAILABLE, f"another server listens on {path} already",
+        )  # fmt: skip
+
+
+def test_a_socket_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "http.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        assert refused(path)[1].startswith(f"cannot listen on {path}: ")
+    assert path.is_socket()
+
+
+def test_where_nobody_can_listen_it_says_why(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    path = tmp_path / "run" / "http.sock"
+    assert refused(path) == (Exit.UNAVAILABLE, f"cannot listen on {path}: File exists")
+    status, why = refused(("192.0.2.1", 8087))  # an address that is nobody's
+    assert (status, why.startswith("cannot listen on 192.0.2.1 port 8087: ")) == (69, True)
+
+
+def test_a_port_that_is_for_root_alone(tmp_path: Path) -> None:
+    first = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
+    if first < 2:
+        pytest.skip("here every port is for everybody")
+    secret(tmp_path / "token", TOKEN)
+    status, log = Web(tmp_path, listen("127.0.0.1:1"), within=POWERLESS).ended()
+    assert status == Exit.PERMISSION
+    assert "port 1 is for root alone; name one above 1023 in http.listen" in log
+
+
 # As systemd does: the socket is descriptor 3, and the process is told that it is meant.
 ACTIVATE = """
 import os, sys
@@ -435,7 +503,7 @@ os.execv(sys.executable, [sys.executable, *command])
 """
 
 
-def activated(root: Path, sock: socket.socket, config: str) -> subprocess.Popen[str]:
+def activated(root: Path, sock: socket.socket | IO[bytes], config: str) -> subprocess.Popen[str]:
     (root / "codexd.yaml").write_text(config)
     fd = sock.fileno()
     return subprocess.Popen(
@@ -493,6 +561,14 @@ def test_an_inherited_socket_that_is_open_to_others_is_refused(tmp_path: Path, w
         _, log = child.communicate(timeout=PATIENCE)
     assert child.returncode == Exit.CONFIGURATION
     assert "ListenStream= must be a path or 127.0.0.1:PORT" in log
+
+
+def test_an_inherited_file_is_refused(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "wb") as file:
+        child = activated(tmp_path, file, "")
+        _, log = child.communicate(timeout=PATIENCE)
+    assert child.returncode == Exit.CONFIGURATION
+    assert "inherited descriptor 3 is no socket: " in log
 
 
 def test_off_sends_away_who_waits_at_an_inherited_socket(tmp_path: Path) -> None:

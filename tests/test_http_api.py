@@ -15,13 +15,13 @@ from urllib.parse import quote
 
 import pytest
 
-from codexd import metrics, openapi, taskfile
+from codexd import clock, lock, metrics, openapi, spool, taskfile
 from codexd.api import WAITERS, Api
 from codexd.config import Directories, load
 from codexd.ledger import seal
 from codexd.model import Task, is_id, to_json
 from codexd.routes import QUERIES, ROUTES
-from codexd.view import View
+from codexd.view import LATE, View
 from tests.daemon import until
 from tests.web import Said, Web, master
 
@@ -329,6 +329,38 @@ def _refused(web: Web, id: str) -> Said | None:
     return said if said.status == 503 else None
 
 
+def test_what_cannot_be_read_is_left_out_of_what_is_seen(tmp_path: Path) -> None:
+    """Who looks is not the one to mend it; the master names it."""
+    dirs = Directories.below(tmp_path)
+    spool.prepare(dirs)
+    one, bad = spool.new_id(), spool.new_id()
+    (dirs.inbox / f"{one}.md").write_text("---\nsession: s\n---\nx")
+    (dirs.inbox / f"{bad}.md").write_text("---\nsesion: s\n---\nx")
+    (dirs.sessions / "s.json").write_text("{")
+    view = View(dirs)
+    assert [(t["id"], t["session"], t["state"]) for t in view.short_list()] == [
+        (one, "s", "queued"), (bad, bad, "queued"),
+    ]  # fmt: skip
+    assert view.sessions() == []
+    dirs.inbox.rename(tmp_path / "elsewhere")
+    assert view.short_list() == []
+    view.close()
+
+
+def test_a_master_that_says_nothing_is_down(tmp_path: Path) -> None:
+    """Though it holds its lock: it hangs, or stands still."""
+    dirs = Directories.below(tmp_path)
+    spool.prepare(dirs)
+    held, view = lock.hold(dirs.lock, 1.0), View(dirs)
+    for ago, status in ((LATE - 5, "ok"), (LATE + 5, "down"), (-60, "down")):
+        dirs.heartbeat.write_text(json.dumps({"beat": clock.steady() - ago, "running": 1}))
+        well, told = view.health()
+        assert (well, told["status"]) == (status == "ok", status)
+    assert str(told["message"]).startswith("no sign of life of the master for ")
+    os.close(held)
+    view.close()
+
+
 def test_pages(tmp_path: Path) -> None:
     with serving(tmp_path, HELD) as web:
         ids = [
@@ -357,6 +389,8 @@ def test_pages(tmp_path: Path) -> None:
         assert len(more) <= 1  # there was no time for two
         walked += more
     assert [task["id"] for task in walked] == newest
+    (tmp_path / "archive" / "9999-12").mkdir()  # a month after that of the cursor
+    assert [task["id"] for task in view.page(None, None, 50, newest[0])[0]] == newest[1:]
     (tmp_path / "archive").rename(tmp_path / "archive.old")
     (tmp_path / "archive").touch()
     assert len(view.page("queued", None, 50, None)[0]) == 5  # needs no look at what has ended

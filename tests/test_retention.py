@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from codexd import clock, config, lock, place, session, spool, sweep, transcript
+from codexd import clock, config, lock, place, session, spool, sweep, transcript, weight
 from codexd.config import Config, Directories
 from codexd.gate import Keeper
 from codexd.ledger import Ledger
@@ -191,6 +191,18 @@ def test_a_size_takes_neither_what_is_in_use_nor_what_is_new(tmp_path: Path) -> 
     assert set(state.found()) == {"sessions", "threads", "attempts"}
 
 
+def test_what_goes_while_it_is_weighed_weighs_nothing(state: Place) -> None:
+    for number in (1, 2):
+        aged(state.dirs.answers / f"{ID.format(number)}.md", 9)
+    looked = weight.of_answers(state.dirs)
+    assert next(looked) == (NOW - 9 * DAY, 1)
+    for path in state.dirs.answers.iterdir():
+        path.unlink()
+    assert list(looked) == [None]
+    (state.task(ID.format(1), 9) / "status.json").unlink()  # being removed, or damaged
+    assert list(weight.of_attempts(state.dirs)) == [None]
+
+
 def test_weight_finds_where_to_begin() -> None:
     found = Weight()
     for n in range(10):
@@ -336,6 +348,20 @@ def test_the_transcript_of_a_session_in_use_is_laid_aside(state: Place) -> None:
     assert sorted(p.name for p in transcripts.iterdir())[1:] == ["long.jsonl", "short.jsonl"]
 
 
+def test_a_transcript_that_cannot_be_laid_aside_is_told(state: Place) -> None:
+    state.session("long", 1)
+    said = state.dirs.transcripts / "long.jsonl"
+    said.write_text(json.dumps({"ts": clock.stamp(NOW - 91 * DAY), "text": "x" * 200}) + "\n")
+    aged(state.dirs.answers / f"{ID.format(1)}.md", 999)
+    done = Sweep(state.config, lambda: state.live, "", {}, NOW)
+    for old in done.removed():
+        if old:  # the answer: by then it is known which transcript is too long
+            said.with_name("long+old.jsonl").mkdir()
+    assert [(p.filename, p.strerror) for p in done.problems] == [(str(said), "Is a directory")]
+    assert said.exists()
+    assert done.counts == {"answers": 1}
+
+
 # --- Codex's threads ------------------------------------------------------------------
 
 
@@ -360,6 +386,15 @@ def test_threads_go_that_a_removed_record_names_and_nobody_needs(state: Place) -
     state.swept()
     left = {p.name[-42:-6] for p in state.dirs.codex_home.glob("sessions/*/*/*/*")}
     assert left == {of_young, used_since, someones}
+
+
+def test_a_damaged_session_goes_and_takes_no_thread_along(state: Place) -> None:
+    path = state.session("s", 99, THREAD.format(1))
+    path.write_text("{")
+    aged(path, 99)
+    rollout = state.rollout(THREAD.format(1), 99)
+    assert state.swept().counts == {"sessions": 1}
+    assert rollout.exists()
 
 
 def test_where_sessions_cannot_be_read_all_threads_stay(state: Place) -> None:
@@ -471,6 +506,30 @@ def test_without_the_help_of_codex_the_rollout_alone_goes(state: Place, tmp_path
     assert len(done.problems) == 1
 
 
+def test_a_codex_that_hangs_over_a_thread_is_ended(
+    state: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "DEADLINE", 0.2)  # a number, not what it is about
+    state.session("s", 99, THREAD.format(1))
+    rollout = state.rollout(THREAD.format(1), 99)
+    fake = tmp_path / "hangs"
+    fake.write_text("#!/bin/sh\nexec sleep 600\n")
+    fake.chmod(0o755)
+    assert state.swept(str(fake)).counts == {"sessions": 1, "threads": 1}
+    assert not rollout.exists()
+
+
+def test_what_lies_in_the_place_of_a_rollout_is_told(state: Place, tmp_path: Path) -> None:
+    state.session("s", 99, THREAD.format(1))
+    rollout = state.rollout(THREAD.format(1), 99)
+    fake = tmp_path / "odd"
+    fake.write_text(f"#!/bin/sh\nrm {rollout} && mkdir {rollout}\n")
+    fake.chmod(0o755)
+    done = state.swept(str(fake))
+    assert done.counts == {"sessions": 1}
+    assert [p.filename for p in done.problems] == [str(rollout)]
+
+
 # --- ids and keys of what is gone -----------------------------------------------------
 
 
@@ -554,6 +613,17 @@ def test_the_daemon_sweeps_in_slices(state: Place) -> None:
     assert swept.pause(now) > 86000
     swept.tend(now)
     assert len(log.said) == 1
+    ledger.close()
+
+
+def test_the_daemon_tells_what_it_could_not_remove(state: Place) -> None:
+    home = state.task(ID.format(1), 99)
+    (home.parent / f".gone-{home.name}").write_text("in the way")
+    log = Log()
+    swept, ledger = daily(state, log, steady=0.0)
+    until(lambda: swept.tend(time.monotonic()) or log.said, "its report")
+    why = f"{home}: Not a directory"
+    assert log.said == [("retention.refused", {"count": 1, "why": why})]
     ledger.close()
 
 

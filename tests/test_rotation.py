@@ -175,6 +175,17 @@ def test_a_task_needs_a_line_and_one_for_its_state(tmp_path: Path, state: State)
     assert before.state is state
 
 
+def test_a_hook_that_is_tried_again_needs_a_line_more(tmp_path: Path) -> None:
+    """Else its tries would begin anew, and it would be told before its time."""
+    one, key = Ledger(tmp_path / "tasks.md", tmp_path / "c.json"), f"{ident(1)}.{Occasion.DONE}"
+    one.append([Event(AT, Note.OWED, facts={"event": key})])
+    one.append([Event(AT, Note.DEFERRED, facts={"event": key, "tries": 3, "until": LATER})])
+    before = all_of(one.book)["owed"]
+    one.rotate(LATER)
+    one.close()
+    assert all_of(read(one.path))["owed"] == before == [(key, AT, 3, LATER, {})]
+
+
 # --- names and places -----------------------------------------------------------------
 
 

@@ -42,12 +42,20 @@ def test_without_a_timer_it_is_the_minute(elapsed: float | None) -> None:
     assert schedule.key("nightly", elapsed, DUE + 60.0) != KEY
 
 
-def run(root: Path, name: str, *, ago: float = 0.0) -> tuple[subprocess.CompletedProcess[str], str]:
+def test_a_timer_that_has_not_elapsed_yet(tmp_path: Path) -> None:
+    """Its service, started by hand before: there is no stamp file."""
+    assert schedule.elapsed(str(tmp_path / "stamp")) is None
+
+
+def run(
+    root: Path, name: str, *options: str, ago: float = 0.0
+) -> tuple[subprocess.CompletedProcess[str], str]:
     """Run it as if its timer had elapsed so many seconds ago; what it did, and the key."""
     elapsed = time.time() - ago
     (root / "stamp").touch()
     os.utime(root / "stamp", (elapsed, elapsed))
     command = [sys.executable, "-m", "codexd.schedule", "--root", root, "--stamp", root / "stamp"]
+    command += options
     done = subprocess.run([*command, "--", name], capture_output=True, text=True, timeout=60)
     return done, schedule.key(name, elapsed, elapsed)
 
@@ -230,6 +238,13 @@ def test_names_that_no_schedule_has(root: Path, name: str) -> None:
     done, _ = run(root, name)
     assert done.returncode == 2
     assert "is no schedule's name" in done.stderr
+
+
+def test_a_root_that_is_no_directory(root: Path) -> None:
+    (root / "file").touch()
+    done, _ = run(root, "nightly", "--root", str(root / "file"))
+    assert done.returncode == 2
+    assert "it must be a directory" in done.stderr
 
 
 # --- its units ----------------------------------------------------------------------------

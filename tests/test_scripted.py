@@ -261,6 +261,19 @@ def test_closing_ends_hanging_answers_at_once(before_headers: bool) -> None:
     client.close()
 
 
+def test_a_request_that_does_not_come_is_told() -> None:
+    with ScriptedModel() as model:
+        post(model)
+        with pytest.raises(TimeoutError, match=r"no such request within 0 s, 1 others"):
+            model.wait_for(lambda turn: turn.number == 2, timeout=0)
+
+
+def test_without_a_record_it_answers_as_well() -> None:
+    with ScriptedModel(record=False) as model:
+        assert post(model)
+        assert model.turns == []
+
+
 def test_a_failing_script_is_told_at_the_end() -> None:
     def broken(turn: Turn) -> list[bytes | float]:
         raise LookupError("no such word")
@@ -281,15 +294,24 @@ def test_write_config_keeps_a_config_of_somebody_else(tmp_path: Path) -> None:
     assert (tmp_path / "config.toml").read_text() == 'model = "mine"\n'
 
 
-def test_the_program_serves_until_sigterm(tmp_path: Path) -> None:
+def test_the_program_keeps_a_config_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('model = "mine"\n')
+    command = [sys.executable, "-m", "codexd.scripted", "--home", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (78, "")
+    assert "config.toml is not ours: name a directory of its own" in done.stderr
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_program_serves_until_sigterm(tmp_path: Path, named: bool) -> None:
     port = tmp_path / "port"
-    arguments = ["--home", str(tmp_path / "home"), "--port-file", str(port)]
+    arguments = ["--home", str(tmp_path / "home"), *(["--port-file", str(port)] if named else [])]
     with subprocess.Popen(
         [sys.executable, "-m", "codexd.scripted", *arguments], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout
         line = process.stdout.readline()
-        assert f"127.0.0.1:{port.read_text().strip()}/v1" in line
+        assert f"127.0.0.1:{port.read_text().strip() if named else ''}" in line
         assert f"{KEY}=scripted" in line
         assert (tmp_path / "home" / "config.toml").exists()
         process.terminate()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -49,9 +49,14 @@ def directories():
 """
 
 
-def run(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
-    """A program of its own, with the package imported, whose last word is on stdout."""
-    command = [sys.executable, "-c", HEAD + code, *map(str, args)]
+def run(
+    code: str, *args: str | Path, within: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """A program of its own, with the package imported, whose last word is on stdout.
+
+    `within` is a command that starts another.
+    """
+    command = [*within, sys.executable, "-c", HEAD + code, *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
@@ -163,6 +168,12 @@ def test_a_control_file_of_another_user_counts(dirs: Directories) -> None:
     said = run(code, dirs.inbox)
     assert said.stdout.split() == ["all.hold", "all.release"]
     assert "PermissionError" in said.stderr
+
+
+def test_of_a_file_that_is_gone_nobody_knows_when_it_came(dirs: Directories) -> None:
+    spool.deliver_control(dirs.inbox, "all.hold")
+    assert spool.delivered(dirs.inbox / "all.hold") == (dirs.inbox / "all.hold").stat().st_ctime
+    assert spool.delivered(dirs.inbox / "all.release") is None
 
 
 def test_a_fifo_in_its_place_does_not_hold_up_whoever_delivers(dirs: Directories) -> None:
@@ -513,6 +524,25 @@ print('fine')
 """
     done = run(code, dirs.inbox)
     assert done.stdout == "fine\n", done.stderr
+
+
+def test_without_a_watch_left_it_polls_and_keeps_no_thread(dirs: Directories) -> None:
+    """There is an instance of inotify, and the host's limit of watches is reached."""
+    none = 'echo 0 >/proc/sys/user/max_inotify_watches && exec "$@"'
+    within = ["unshare", "--user", "--map-root-user", "sh", "-c", none, "sh"]
+    if subprocess.run([*within, "true"], capture_output=True).returncode:
+        pytest.skip("this host gives no user namespaces")
+    code = """
+import threading
+watch = spool.Watch(Path(sys.argv[1]), spool.Settled(), print)
+for _ in range(5):
+    watch.tend()
+for thread in threading.enumerate()[1:]:
+    thread.join(5)
+print(watch.kind, threading.active_count(), watch.problem)
+"""
+    done = run(code, dirs.inbox, within=within)
+    assert done.stdout.startswith("polling 1 no inotify ("), done
 
 
 # --- claiming ---------------------------------------------------------------------

@@ -127,6 +127,16 @@ def test_every_text_is_one_line_and_comes_back(
     assert [r["text"] for r in transcript.last(path, 100)] == said
 
 
+def test_threads_are_those_of_a_file_of_ours(tmp_path: Path) -> None:
+    """None of a link; nor does it fail where the file went since somebody saw it."""
+    thread = "019e0000-0000-7000-8000-000000000001"
+    (tmp_path / "one.jsonl").write_text(json.dumps({"thread": thread}) + "\n")
+    (tmp_path / "link.jsonl").symlink_to("one.jsonl")
+    assert list(transcript.threads(tmp_path / "one.jsonl")) == [{thread}]
+    for name in ("link.jsonl", "none.jsonl"):
+        assert list(transcript.threads(tmp_path / name)) == []
+
+
 # --- reading the end --------------------------------------------------------------
 
 

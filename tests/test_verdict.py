@@ -354,6 +354,7 @@ def test_exit_statuses_without_words() -> None:
         ('{"error": "plain"}', "plain"),
         ('{"error": true, "message": "m"}', "m"),
         ('{"code": 7}', '{"code": 7}'),
+        ('{"error":' * 5 + '"deep"' + "}" * 5, '{"error":' * 5 + '"deep"' + "}" * 5),
         ("a {broken", "a {broken"),
         ("\x1b[31mred\x07\r\nline", "[31mred line"),
         ("key sk-proj-abcdefghijklmnopqrstuv was wrong", "key sk-proj… was wrong"),

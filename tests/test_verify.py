@@ -21,7 +21,7 @@ from codexd.scripted import KEY
 from tests.daemon import Daemon, until
 from tests.processes import gone, kill, naming, worker_of
 from tests.scripted_cases import CaseModel
-from tests.test_worker import Place
+from tests.test_worker import FAKE, Place
 
 CALL = 110  # tokens of one answer of the scripted model, in and out
 
@@ -426,6 +426,30 @@ def test_output_that_cannot_be_kept_is_the_hosts_fault(tmp_path: Path) -> None:
     assert found["outcome"] == "host"
     assert found["message"].startswith("The check of the turn was not run: ")
     assert not naming("sleep 86316")
+
+
+@pytest.mark.parametrize("thread", [None, "019e0000-0000-7000-8000-000000000001"])
+def test_a_codex_that_says_little(tmp_path: Path, thread: str | None) -> None:
+    """Without a thread there is no other turn; without a file of its last words there is."""
+    events: list[dict[str, Any]] = [
+        {"type": "turn.started"},
+        {"type": "item.completed", "item": {"id": "0", "type": "agent_message", "text": "fine"}},
+        {"type": "turn.completed", "usage": {"input_tokens": 1, "output_tokens": 1}},
+    ]
+    if thread:
+        events.insert(0, {"type": "thread.started", "thread_id": thread})
+    (tmp_path / "events").write_text("".join(json.dumps(event) + "\n" for event in events))
+    brief = tmp_path / "brief"
+    brief.write_text(
+        f'#!/bin/sh\ntest "$1" = exec || exec {FAKE} "$@"\nexec cat {tmp_path}/events\n'
+    )
+    brief.chmod(0o755)
+    found = Place(tmp_path, bin=str(brief), verify={"command": "false", "rounds": 2}).run()
+    if thread:
+        assert (found["outcome"], len(found["rounds"]), found["thread"]) == ("verify", 1, thread)
+    else:
+        assert found["outcome"] == "unknown"
+        assert found["message"] == "Codex completed a turn without naming its thread"
 
 
 # --- values ------------------------------------------------------------------------------------

@@ -110,6 +110,16 @@ def test_ten_thousand_delays(one: Round) -> None:
     assert lines == ["queued"] * EVENTS, "the last of these rounds is the first after the delay"
 
 
+def test_those_that_have_ended_are_forgotten(one: Round) -> None:
+    one.ledger.append([queued(n) for n in range(EVENTS + 1)])
+    one.tend()
+    assert len(one.waits._seen) == EVENTS + 1
+    for kind in (Kind.RUNNING, Kind.DONE):
+        one.ledger.append([move(n, kind) for n in range(EVENTS + 1)])
+    one.tend()
+    assert not one.waits._seen
+
+
 def test_a_round_ends_few_of_those_that_follow_a_failed_one(one: Round) -> None:
     one.ledger.append([queued(0), *(queued(n, after=[ident(0)]) for n in range(1, 101))])
     one.tend()
@@ -185,8 +195,9 @@ def test_a_clock_that_jumps_changes_no_delay(one: Round) -> None:
 
 def test_a_time_is_what_the_clock_shows(one: Round) -> None:
     one.ledger.append([queued(0, not_before="2026-01-01T00:00:00.000Z")])
-    one.ledger.append([queued(1, not_before=clock.stamp(time.time() + 5000))])
-    assert one.tend() == ["waiting", "queued", "waiting"]
+    for n, after in ((1, 5000), (2, 9000)):
+        one.ledger.append([queued(n, not_before=clock.stamp(time.time() + after))])
+    assert one.tend() == ["waiting", "queued", "waiting", "waiting"]
     assert one.tend(after=6000) == [], "a monotonic clock says nothing of it"
     assert 4900 < one.waits.pause(one.now) <= 5000
 

@@ -19,6 +19,7 @@ from tests.daemon import uncovered, until
 
 ID = "20261123t072011-k3f9qa7x2m"
 FAKE = Path(__file__).parent / "bin" / "codex"
+POWERLESS = ["setpriv", "--bounding-set=-all"] if os.geteuid() == 0 else []
 # Everything the worker may have imported when it starts Codex, besides what an
 # empty Python has.  A module more costs every task its time: measure before.
 IMPORTS = {
@@ -156,6 +157,62 @@ def test_what_cannot_work_is_config(tmp_path: Path, changes: Any, sentence: str)
     assert result["outcome"] == "config"
     assert sentence in result["message"]
     assert not (tmp_path / "tasks" / ID / "1" / "events.jsonl").exists()
+
+
+def test_a_workdir_that_nobody_may_enter_is_config(tmp_path: Path) -> None:
+    place = Place(tmp_path, workdirs=["/"], workdir=f"{tmp_path}/closed")
+    (tmp_path / "closed").mkdir(mode=0)
+    subprocess.run([*POWERLESS, *place.command()], stdin=subprocess.DEVNULL, check=True)
+    result = place.result()
+    assert result["outcome"] == "config"
+    assert result["message"] == f"workdir {tmp_path}/closed cannot be entered: Permission denied"
+
+
+def test_notes_where_nobody_may_look_are_told(tmp_path: Path) -> None:
+    memory = {"on": True, "paths": [f"{tmp_path}/closed/notes"], "hits": 9, "chars": 99, "rg": None}
+    place = Place(tmp_path, memory=memory)
+    (tmp_path / "closed").mkdir(mode=0)
+    env = {**os.environ, "CODEX_FAKE_MODE": "answer"}
+    command = [*POWERLESS, *place.command()]
+    subprocess.run(command, env=env, stdin=subprocess.DEVNULL, check=True)
+    result = place.result()
+    assert result["outcome"] == "done"
+    assert f"{tmp_path}/closed/notes" in result["memory_note"]
+
+
+@pytest.mark.parametrize("sandbox", ["", "broken"])
+def test_a_probe_tries_the_sandbox_and_no_more(tmp_path: Path, sandbox: str) -> None:
+    place = Place(tmp_path, probe=True)
+    (place.tasks / ID / "task.json").unlink()  # as of no task
+    (tmp_path / "home" / "fake.json").write_text(json.dumps({"sandbox": sandbox}))
+    result = place.run()
+    assert result["outcome"] == ("host" if sandbox else "done"), result
+    assert not (place.attempt / "prompt.md").exists()
+
+
+def test_what_is_said_at_the_end_of_much_counts(tmp_path: Path) -> None:
+    """Also when Codex, or what it calls, has said much more than is looked at before."""
+    talker = tmp_path / "talker"
+    last = "Error: unexpected status 401 Unauthorized: Incorrect API key provided"
+    talker.write_text(
+        '#!/bin/sh\ntest "$1" = exec || exit 0\n'
+        f"yes 'a warning of no weight' | head -n 4000 >&2\necho '{last}' >&2\nexit 1\n"
+    )
+    talker.chmod(0o755)
+    result = Place(tmp_path, bin=str(talker)).run()
+    assert result["outcome"] == "auth", result
+    assert "Incorrect API key provided" in result["message"]
+
+
+def test_without_orders_it_does_nothing(tmp_path: Path) -> None:
+    """Somebody has started it by hand."""
+    place = Place(tmp_path)
+    (place.attempt / "attempt.json").unlink()
+    place.attempt.rmdir()
+    done = subprocess.run(place.command(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f"{place.tasks}/{ID}: no attempt was ordered" in done.stderr
+    assert [path.name for path in (place.tasks / ID).iterdir()] == ["task.json"]
 
 
 def test_a_codex_that_is_not_there_is_host(tmp_path: Path) -> None:
