@@ -147,6 +147,7 @@ def test_what_the_host_refuses_is_tried_again(trial: Trial) -> None:
 
 def test_what_was_written_in_part_is_removed(trial: Trial) -> None:
     """As of a full disk: a directory is there, and its file has no room."""
+    trial.keeper.sandbox(None, trial.config.codex.sandbox)  # what is written before is there
     most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, most[1]))
     try:
