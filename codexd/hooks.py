@@ -11,7 +11,7 @@ that grow (retry.base, retry.cap) until it works again: for ten thousand events 
 that is down costs a few runs and lines an hour, not ten thousand.
 
 May fail: a hook that cannot be run has failed, like one that says so.  What the host
-refuses is raised, and done in a later round.
+refuses to all of them is raised, and done in a later round.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-from codexd import clock, delivery, errands, place, policy
+from codexd import clock, delivery, errands, place, policy, spool
 from codexd.config import Config
 from codexd.delivery import Occasion, Owed
 from codexd.errands import Children, Instances, Runs
@@ -121,9 +121,17 @@ class Hooks:
             lost = self.runs.lost(one.id)  # asked first: it may end between the two questions
             if lost is None and time.monotonic() - since >= SILENCE:
                 lost = f"nothing was heard of it for {SILENCE:g} s"
-            found = errands.result(self._place(one), key)
-            if found or lost:
-                self._ended(one, *(found or (lost, "")), now)
+            if found := self._found(one, lost):
+                self._ended(one, *found, now)
+
+    def _found(self, one: Owed, lost: str | None) -> tuple[str | None, str] | None:
+        """What a run came to; None while there may still be a result."""
+        try:
+            if found := errands.result(self._place(one), one.key):
+                return found
+        except OSError as error:  # its command may have shut the directory
+            lost = lost and f"{lost}: {sentence(error)}"
+        return (lost, "") if lost else None
 
     def _ended(self, one: Owed, problem: str | None, output: str, now: float) -> None:
         """One run is over: keep its output, then the ledger's line, then forget it."""
@@ -182,12 +190,20 @@ class Hooks:
         not_yet = {key for key, at in self._rest.items() if now < at}
         for one in delivery.choose(self.owed.values(), self._running, ready, not_yet):
             self._rest.pop(one.key, None)
-            told = delivery.story(one, self._task(one))
-            env = _environment(one, delivery.summary(one, told))
-            command = self.config.on[one.occasion]
-            errands.begin(self._place(one), one.key, command, env, LIMIT, told)
-            self.runs.start(one.id, self._place(one))
-            self._running[one.key] = time.monotonic()
+            try:
+                self._begin(one)
+            except OSError as error:
+                if error.errno in spool.FULL:
+                    raise
+                self._failed(one, f"cannot be run: {sentence(error)}", "", now)
+
+    def _begin(self, one: Owed) -> None:
+        told = delivery.story(one, self._task(one))
+        env = _environment(one, delivery.summary(one, told))
+        command = self.config.on[one.occasion]
+        errands.begin(self._place(one), one.key, command, env, LIMIT, told)
+        self.runs.start(one.id, self._place(one))
+        self._running[one.key] = time.monotonic()
 
     def _room(self, occasion: Occasion, now: float) -> int:
         """How many runs of its hook may begin."""

@@ -46,12 +46,13 @@ def _hour(found: re.Match[str]) -> int:
 
 def _time_of_day(found: re.Match[str], now: float) -> float:
     today = time.localtime(now)
-    for day in (today.tm_mday, today.tm_mday + 1):  # mktime carries over a month's end
-        when = (today.tm_year, today.tm_mon, day, _hour(found), int(found["minute"]), 0, 0, 0, -1)
-        at = time.mktime(when)
-        if at + _LATE > now:
-            break
-    return at
+
+    def on(day: int) -> float:
+        clock = (_hour(found), int(found["minute"]), 0)
+        return time.mktime((today.tm_year, today.tm_mon, day, *clock, 0, 0, -1))
+
+    at = on(today.tm_mday)
+    return at if at + _LATE > now else on(today.tm_mday + 1)  # it carries over a month's end
 
 
 def _date(found: re.Match[str], now: float) -> float | None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from codexd import clock, spool
-from codexd.ledger import parse
+from codexd import clock, parents, spool
+from codexd.config import Directories
+from codexd.ledger import Ledger, parse
 from codexd.model import Event, Note
 from tests.daemon import until
 from tests.test_cli import CONFIG, Root
@@ -288,6 +289,18 @@ def test_a_child_holds_back_those_behind_it_in_its_session(root: Family) -> None
     root.cancel(running)
     root.reaches(child, "failed")
     root.reaches(behind, "done")
+
+
+def test_what_is_remembered_of_parents_is_bounded(tmp_path: Path) -> None:
+    dirs = Directories.below(tmp_path)
+    spool.prepare(dirs)
+    ledger = Ledger(dirs.ledger, dirs.checkpoint)
+    known = parents.Parents(dirs, ledger)
+    for n in range(parents._KNOWN + 10):
+        told = known.came_to(f"20260102t030405-{n:010}") or {}
+        assert (told["state"], told["message"]) == ("unknown", "its record is gone")
+    assert len(known._ended) == parents._KNOWN
+    ledger.close()
 
 
 def test_hundreds_of_children(tmp_path: Path) -> None:

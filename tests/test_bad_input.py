@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from codexd import ledger, spool
+from codexd import ledger, place, spool
 from codexd.ledger import seal
 from codexd.model import Event, Kind, Note
 from codexd.view import View
@@ -581,6 +581,15 @@ def test_a_damaged_record_of_a_key_harms_only_its_own_tasks(daemon: Mortal) -> N
     reason = daemon.reason("bad.md")
     assert reason.startswith("the record of key 'k2' is damaged: ")
     assert reason.endswith("; move it away\n")
+    daemon.drop("behind.md", "---\nafter: [k2]\n---\nonce")
+    assert daemon.reason("behind.md") == f"after: {reason}"
+
+
+def test_a_key_whose_file_became_no_task_is_free(daemon: Mortal) -> None:
+    """As of a power cut that took the file, and not its key."""
+    place.remember_key(daemon.dirs, "k3", place.Keyed(NOBODY, "0"))
+    daemon.drop("free.md", "---\nkey: k3\n---\nonce")
+    assert daemon.answer("free")[0]["state"] == "done"
 
 
 MISTYPED: list[tuple[dict[str, object], str]] = [
@@ -1032,6 +1041,17 @@ def test_a_task_whose_records_nobody_understands_ends_alone(tmp_path: Path) -> N
             assert "its records cannot be understood, and are kept" in front_matter["message"]
 
 
+def test_a_task_whose_record_has_no_request_fails(tmp_path: Path) -> None:
+    daemon = Mortal(tmp_path / "root")
+    daemon.left(NOBODY, at=AT)
+    (daemon.dirs.tasks / NOBODY / "task.json").write_text(json.dumps({"id": NOBODY}))
+    with daemon:
+        path = daemon.dirs.answers / f"{NOBODY}.md"
+        until(path.exists, "its answer")
+        told = f"its record tasks/{NOBODY}/task.json is damaged: request: it is not an object"
+        assert told in read_answer(path)[0]["message"]
+
+
 def test_of_many_damaged_lines_some_are_told_and_all_are_counted(tmp_path: Path) -> None:
     with Mortal(tmp_path / "root") as daemon:
         daemon.stop()
@@ -1098,6 +1118,14 @@ def test_a_configuration_that_cannot_be_used(tmp_path: Path, case: str) -> None:
     assert status == 78
     assert said.startswith(f'configuration why="{file}{told.replace("ROOT", str(tmp_path))}'), said
     assert [p.name for p in tmp_path.iterdir()] == ["codexd.yaml"]  # nothing was begun
+
+
+def test_the_master_alone_refuses_it_in_the_same_words(tmp_path: Path) -> None:
+    (tmp_path / "codexd.yaml").write_text("workers: 0\n")
+    argv = [PYTHON, "-m", "codexd.master", "--root", str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr.partition(" error ")[2].rstrip() == refused(tmp_path)[1]
 
 
 def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:

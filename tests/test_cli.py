@@ -5,6 +5,7 @@ One daemon on the fake Codex serves most tests; what Codex answers is set for ea
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -20,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from codexd import __version__
+from codexd import __version__, overview, report
+from codexd.directories import Directories
 from codexd.model import State
 from codexd.view import View
 from tests.daemon import PYTHON, Daemon, uncovered, until
@@ -610,6 +612,17 @@ def test_follow(root: Root) -> None:
     assert root.json("task", "follow", id)["state"] == "done"
 
 
+def test_the_progress_of_a_task_that_left_nothing_to_follow(tmp_path: Path) -> None:
+    """It may go into the archive between two looks; nor need it have been in a turn."""
+    shown = io.StringIO()
+    told = report.progress(Directories.below(tmp_path), shown)
+    facts = dict.fromkeys(("outcome", "reason", "until", "message"))
+    for state in ("running", "running", "done"):
+        told({"id": "its-id", "state": state, **facts})
+    lines = [line.partition(" ")[2] for line in shown.getvalue().splitlines()]
+    assert lines == ["task its-id running", "task its-id done"]
+
+
 def test_show_for_people(root: Root) -> None:
     root.behave(answer="An answer\nof two lines")
     id = root.submit("x", session="show", title="A title")
@@ -812,6 +825,21 @@ def test_status_tells_what_has_to_be_mended(tmp_path: Path) -> None:
         assert done.returncode == 69
         assert done.stdout.startswith("codexd: hold: ")
         assert f"\n{refused}\n{damaged}\n" in done.stdout
+
+
+def test_status_tells_whatever_the_daemon_says(
+    root: Root, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {"full": True, "sandbox": "no namespaces", "watch_problem": "no inotify is left"}
+    overview.status(root.view, True, {**root.health(), **told})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "codexd: it works, but something has to be mended",
+        "inbox: the queue is full (limits.queue); files wait until there is room",
+        "sandbox: no namespaces",
+    ]
+    assert lines[4] == "inbox: no inotify is left"
+    assert overview.why({"status": "hold", "gate": {"hold": None}}) == "hold", "an older one's"
 
 
 def test_a_mistyped_root_is_not_an_empty_one(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import codex_cli_bin
 import pytest
 
 from codexd import codex
+from codexd import rollout as rollouts
 from codexd.outcome import Outcome
 from tests.daemon import uncovered
 from tests.recordings import SAMPLES
@@ -412,6 +413,7 @@ RECORDED = (SAMPLES / "rollout" / "rollout.trimmed.jsonl").read_text()
         (RECORDED + turn("task_started"), None),
         (RECORDED + ended(None), None),
         (ended("kept") + '{"type":"event_msg","payload":{"type":"task_comp', "kept"),
+        (ended("kept") + '{"type":"event_msg","payload":{"type":"task_complete"', "kept"),
         (ended("kept") + "x" * 300_000 + "\n", "kept"),
         (ended("kept") + '{"type":"response_item","text":"\\"task_complete\\""}\n', "kept"),
         (
@@ -432,6 +434,32 @@ def test_no_rollout_is_no_message(tmp_path: Path) -> None:
     rollout(tmp_path, OTHER, ended("x"))
     (tmp_path / "sessions" / f"rollout-1-{THREAD}.jsonl").symlink_to("/etc/passwd")
     assert codex.rollout_message(str(tmp_path), THREAD) is None
+
+
+def test_of_a_huge_rollout_the_end_alone_is_read(tmp_path: Path) -> None:
+    os.truncate(rollout(tmp_path, THREAD, ended("of long ago")), 33 << 20)
+    assert codex.rollout_message(str(tmp_path), THREAD) is None
+
+
+def test_what_is_looked_at_of_rollouts_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollouts, "_ROLLOUTS", 5)  # a number, not what it is about
+    for n in range(5):
+        rollout(tmp_path, f"{THREAD[:-1]}{n}", "")
+    assert len(list(codex.all_rollouts(str(tmp_path)))) == 2, "and three directories above them"
+
+
+def test_a_thread_whose_id_has_no_time_is_searched_for(tmp_path: Path) -> None:
+    thread = "0dc9d3b1-5d0b-4b00-88dd-8abdee9d7bb9"
+    rollout(tmp_path, thread, ended("found"))
+    assert codex.rollout_message(str(tmp_path), thread) == "found"
+
+
+def test_what_was_used_is_unknown_where_rollouts_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "sessions").symlink_to("sessions")
+    assert codex.spent(str(tmp_path), THREAD) == ({}, None)
+    assert codex.Meter(str(tmp_path), THREAD).look(THREAD) == 0
 
 
 # --- the worker must start fast -----------------------------------------------

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from codexd import clock, free, heartbeat, spool
+from codexd import clock, free, heartbeat, pauses, spool
 from codexd.config import Config, Directories, load
 from codexd.control import Controls
 from codexd.finish import Finish
@@ -228,6 +228,10 @@ def config_with(tmp_path: Path, home: Path, least: int) -> Config:
     dirs = Directories.below(tmp_path)
     dirs.config_file.write_text(f"limits:\n  disk_free: {least}\ncodex:\n  home: {home}\n")
     return load(dirs, explicit=True)
+
+
+def test_of_a_gate_that_says_too_little_the_time_is_long_ago() -> None:
+    assert pauses.since({}) == pauses.since({"since": "yesterday"}) == 0.0
 
 
 def test_room_is_looked_for_where_codex_writes_as_well(tmp_path: Path, elsewhere: Path) -> None:

@@ -18,8 +18,11 @@ from typing import Any
 
 import pytest
 
-from codexd import config, delivery, durable, errands, hook
+from codexd import config, delivery, durable, errands, hook, spool
+from codexd.config import Directories
 from codexd.delivery import Occasion, Owed
+from codexd.errands import Children
+from codexd.hooks import SILENCE, Hooks
 from codexd.ledger import Follower, Ledger
 from codexd.model import Event, Kind, Note, is_id
 from tests.box import Box
@@ -364,6 +367,57 @@ def test_what_leaves_the_command_s_group_ends_too(tmp_path: Path) -> None:
     assert not Path(f"/proc/{str(found['output']).strip()}").exists()
 
 
+def told_by_program(place: Path, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "codexd.hook", *options, str(place)],
+        env={**os.environ, **env}, capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+
+
+def test_an_order_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    done = told_by_program(tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert done.stderr.startswith(f"codexd-hook: {tmp_path}: ")
+
+
+def test_without_its_daemon_it_does_not_begin(tmp_path: Path) -> None:
+    assert told_by_program(tmp_path, "--parent", str(1 << 30)).returncode == os.EX_TEMPFAIL
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_what_another_user_runs_does_not_hold_it_up(tmp_path: Path) -> None:
+    """As of a command with sudo, which a hook without privileges cannot kill."""
+    leave = (
+        "setsid setpriv --reuid=65534 sleep 300 > /dev/null &\n"
+        "until [ $(stat -c %u /proc/$!) = 65534 ]; do :; done; echo $!"
+    )
+    asked = {"event": "x.done", "command": ["sh", "-c", leave], "env": dict(os.environ)}
+    (tmp_path / hook.STDIN).write_text("{}")
+    durable.write_json(tmp_path / hook.ORDER, {**asked, "limit": 20})
+    run = [sys.executable, "-m", "codexd.hook", str(tmp_path)]
+    subprocess.run(["setpriv", "--bounding-set=-kill", *run], check=True, timeout=20)
+    found = durable.read_json(tmp_path / hook.RESULT)
+    assert found["problem"] is None
+    os.kill(int(str(found["output"])), signal.SIGKILL)
+
+
+def test_of_a_unit_that_was_killed_its_end_is_told(tmp_path: Path) -> None:
+    """As ExecStopPost= has it: the bell rings, and nobody is waited for who does not listen."""
+    os.mkfifo(tmp_path / ".bell")
+    env = {"CODEXD_BELL": str(tmp_path / ".bell"), "SERVICE_RESULT": "signal"}
+    assert told_by_program(tmp_path, "--ended", **env).returncode == 0
+    assert not (tmp_path / hook.RESULT).exists(), "nobody has ordered anything"
+    durable.write_json(tmp_path / hook.ORDER, {"event": "x.done"})
+    assert told_by_program(tmp_path, "--ended", **env).returncode == 0
+    found = durable.read_json(tmp_path / hook.RESULT)
+    assert found["problem"] == "its unit ended without a result: signal"
+    bell = os.open(tmp_path / ".bell", os.O_RDWR | os.O_NONBLOCK)
+    assert told_by_program(tmp_path, "--ended", **env).returncode == 0
+    assert os.read(bell, 10) == b"."
+    os.close(bell)
+    assert durable.read_json(tmp_path / hook.RESULT) == found
+
+
 def _told(pid: int) -> Path | None:
     """What a process reads as its input."""
     try:
@@ -562,6 +616,40 @@ cd "$1/${CODEXD_EVENT_ID%%.*}" && mkdir shut && touch shut/x && chmod 0 shut
 """
 
 
+def test_a_hook_that_shuts_its_own_directory_holds_up_no_other(tmp_path: Path) -> None:
+    """Its result can neither be written nor read, nor can it be run again."""
+    program = tmp_path / "hook"
+    program.write_text(SHUTTING)
+    program.chmod(0o755)
+    daemon = Mortal(tmp_path / "root")
+    with open(daemon.root / "codexd.yaml", "a") as more:
+        more.write(f"retry: {{base: 1s, cap: 1s}}\non:\n  done: {program} {daemon.dirs.hooks}\n")
+    told = daemon.dirs.hooks.parent / "told"
+    with daemon:
+        daemon.drop("a.md", "x")
+        until(lambda: _shut(daemon), "it is shut")
+        daemon.drop("b.md", "x")
+        until(lambda: told.exists(), "another is told")
+        assert daemon.stop() == 0
+        daemon.start()
+        daemon.drop("c.md", "x")
+        until(lambda: len(told.read_text()) == 2, "and one more, by the next daemon")
+    for path in _shut(daemon):
+        path.chmod(0o700)
+
+
+def _shut(daemon: Daemon) -> list[Path]:
+    return [p for p in daemon.dirs.hooks.iterdir() if not stat.S_IMODE(p.stat().st_mode)]
+
+
+SHUTTING = """\
+#!/bin/sh
+cd "$1/${CODEXD_EVENT_ID%%.*}" || exit 1
+mkdir "$1/../first" 2> /dev/null && exec chmod 0 .
+printf . >> "$1/../told"
+"""
+
+
 def test_a_hook_that_is_no_longer_wanted_is_owed_nothing(told: Told) -> None:
     (told.place / "down").touch()
     with told.daemon as daemon:
@@ -611,6 +699,64 @@ def test_ten_thousand_owed_to_a_hook_that_is_down(told: Told) -> None:
         until(lambda: "hook.untold" in daemon.log.read_text(), "the oldest of too many is given up")
         told.mend()
         until(lambda: len(told.lines("told")) > 20, "they are told")
+
+
+def test_what_is_never_taken_is_given_up_at_last(told: Told) -> None:
+    (told.place / "down").touch()
+    daemon = told.daemon
+    ledger = Ledger(daemon.dirs.ledger, daemon.dirs.checkpoint)
+    tried = line(Note.DEFERRED, A, tries=delivery.TRIES - 1, until=AT, why="exit status 1")
+    ledger.append([line(Note.OWED, A), tried])
+    ledger.close()
+    with daemon:
+        until(told.settled, "it is given up")
+        until(lambda: "hook.untold" in daemon.log.read_text(), "and that is said")
+        why = "150 runs of its hook failed, the last: exit status 1: the service is down"
+        assert why in daemon.log.read_text()
+        assert len(told.lines("tried")) == 1
+
+
+def test_the_end_of_a_task_is_told_without_its_record(told: Told) -> None:
+    (told.place / "down").touch()
+    with told.daemon as daemon:
+        daemon.drop("a.md", "hello")
+        daemon.answer("a")
+        (kept,) = until(lambda: list(daemon.dirs.archive.glob("*/*/status.json")), "the archive")
+        assert told.daemon.stop() == 0
+        kept.write_text("{")
+        told.mend()
+        daemon.start()
+        key = until(lambda: told.lines("told"), "it is told")[0]
+        facts = json.loads((told.place / f"{key}.json").read_text())
+        assert facts["state"] == "done"
+        assert "status.json: not JSON" in facts["message"]
+
+
+class Silent(Children):
+    """Runs of which nothing is heard."""
+
+    def start(self, id: str, directory: Path) -> None: ...
+
+    def lost(self, id: str) -> None: ...
+
+
+def test_a_run_of_which_nothing_is_heard_is_given_up(tmp_path: Path) -> None:
+    dirs = Directories.below(tmp_path)
+    spool.prepare(dirs)
+    ledger = Ledger(dirs.ledger, dirs.checkpoint)
+    ledger.append([line(Note.OWED, A)])
+    said: list[str] = []
+    log = (lambda event, **_: said.append(event),) * 3
+    hooks = Hooks(read(tmp_path, "on:\n  done: /bin/true\n"), ledger, False, *log)
+    hooks.runs = Silent()
+    hooks.tend(0.0)
+    hooks.tend(1.0)
+    assert (list(hooks._running), said) == ([f"{A}.done"], [])
+    hooks._running[f"{A}.done"] -= SILENCE  # as if that time had passed
+    hooks.tend(2.0)
+    assert said == ["hook.failed"]
+    assert hooks.summary()["failing"] == {"done": "nothing was heard of it for 120 s"}
+    ledger.close()
 
 
 def test_status_says_that_a_hook_fails(told: Told) -> None:

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from codexd import config, dropin, layout
+from codexd import config, dropin, install, layout
 from codexd.config import Config, Directories
 from codexd.layout import Stand
+from codexd.program import Trouble
 from tests.box import BIN, Box
 from tests.box.host import require
 from tests.installed import CODEX, KEY, UNITS, Installed
@@ -75,6 +76,7 @@ def test_everything_is_laid_down_and_then_found(command: Path, tmp_path: Path) -
     sources = {p.name for p in UNITS.iterdir() if p.is_file()}
     renamed = {"codexd.sysusers", "codexd.tmpfiles", "codexd.rules"}
     assert names == sources - renamed | {"codexd.conf", "50-codexd.rules"}
+    Path(first["wrote"][0]).chmod(0o600)  # as a umask may once have had it
     assert laid(command, "install", *into) == {"found": first["wrote"]}
     for path in map(Path, first["wrote"]):
         script = path.parent.name == "codexd"
@@ -173,6 +175,11 @@ def test_what_is_refused(command: Path, tmp_path: Path) -> None:
     spaced.mkdir()
     done = run(programs(spaced), "install", "--prefix", str(tmp_path))
     assert (done.returncode, "a unit cannot name such a path" in done.stderr) == (1, True)
+    unfit = tmp_path / "unfit"
+    (unfit / "etc/codexd").mkdir(parents=True)
+    (unfit / "etc/codexd/codexd.yaml").write_text("workdirs: [work, '/srv/a:b']\n")
+    done = run(command, "install", "--prefix", str(unfit))
+    assert (done.returncode, "/srv/a:b" in done.stderr) == (78, True), done.stderr
     for name in ("a b", 'a"b', "a$b", "50%"):
         env = {"HOME": str(tmp_path), "XDG_STATE_HOME": f"{tmp_path}/{name}"}
         done = run(command, "install", "--user", "--prefix", str(tmp_path / "x"), **env)
@@ -180,6 +187,46 @@ def test_what_is_refused(command: Path, tmp_path: Path) -> None:
         assert (done.returncode, done.stderr.startswith(why)) == (1, True), done.stderr
     assert not (tmp_path / "usr").exists()
     assert not (tmp_path / "x").exists()
+
+
+def test_the_package_knows_one_place_of_a_users_state(
+    command: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(command)])
+    (tmp_path / "codexd.service").touch()
+    target = replace(layout.Target.user(tmp_path, {}), packaged=tmp_path)
+    settings = configured(tmp_path, "", Directories.below(tmp_path))
+    elsewhere = install.Scene(target, settings, user=True, prefix=None)
+    with pytest.raises(Trouble, match="unset XDG_STATE_HOME"):
+        install.plan(elsewhere)
+
+
+def test_what_a_tool_says_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install, "_WAIT", 0.1)  # a number, not what it is about
+    fails = ("sh", "-c", "echo no room >&2; exit 3")
+    assert not install.run("no-such-tool")
+    assert not install.run(*fails, need=False)
+    assert not install.run("sleep", "60", need=False)
+    assert [line.split(maxsplit=1)[0] for line in capsys.readouterr().out.splitlines()] == [
+        "skipped", "failed", "failed"
+    ]  # fmt: skip
+    with pytest.raises(Trouble, match="exit 3: status 3: no room"):
+        install.run(*fails)
+    with pytest.raises(Trouble, match=r"status -1: not done after 0\.1 s"):
+        install.run("sleep", "60")
+
+
+def test_where_systemd_does_not_run_nothing_is_asked_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install, "BOOTED", tmp_path / "run/systemd/system")
+    target = layout.Target.user(tmp_path, {})
+    one = install.Scene(target, configured(tmp_path, ""), user=True, prefix=None)
+    install._run_tools(one)
+    assert "daemon-reload: systemd does not run here" in capsys.readouterr().out
+    assert not list(install._restarts(one, [target.units / "codexd.service"]))
 
 
 def test_the_files_of_a_wheel_are_found(tmp_path: Path) -> None:
@@ -202,6 +249,11 @@ def test_the_files_of_a_wheel_are_found(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         laid_down = {p.name for p in (tmp_path / "x").rglob("*.service")}
     assert laid_down >= {p.name for p in UNITS.rglob("*.service")}
+    units = home / "share/codexd/systemd"
+    units.rename(home / "elsewhere")
+    done = run(command, "install", "--prefix", str(tmp_path / "y"), PYTHONPATH="")
+    if not any(Path(p, "share/codexd/systemd").exists() for p in ("/usr", "/usr/local")):
+        assert (done.returncode, "; reinstall it" in done.stderr) == (1, True)
 
 
 # --- what codexd.yaml asks for ------------------------------------------------------------
@@ -303,6 +355,15 @@ def test_http_over_tcp_is_the_sockets(tmp_path: Path) -> None:
     text = "http: {listen: '127.0.0.1:8080', token_file: /etc/codexd/token}\n"
     found = dropin.texts(configured(tmp_path, text), [], None)
     assert found == {"codexd-http.socket": "[Socket]\nListenStream=\nListenStream=127.0.0.1:8080\n"}
+
+
+@pytest.mark.parametrize("target", [layout.Target.system(), layout.Target.user(Path("/h"), {})])
+def test_what_lies_beside_the_sources_is_not_laid_down(
+    tmp_path: Path, target: layout.Target
+) -> None:
+    beside = dict.fromkeys(("codexd.service~", "codexd.rules.orig"), "")
+    place, settings = Path("/usr/bin"), configured(tmp_path, "")
+    assert layout.whole(target, settings, {}, beside, place, target.scripts, "python3") == {}
 
 
 @pytest.mark.parametrize("path", ['/srv/a"b', "/srv/a:b", "/srv/a\\b", "/srv/$HOME"])

@@ -419,9 +419,17 @@ def test_many_problems_are_told_in_one_line(work: Path) -> None:
     assert "\n" not in told
 
 
-def test_a_file_that_vanishes_is_left_out(work: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("link", "told"), [(None, None), ("/etc/passwd", "Too many levels of symbolic links")]
+)
+def test_a_file_that_vanishes_is_left_out(
+    work: Path, tmp_path: Path, link: str | None, told: str | None
+) -> None:
+    """So is one in whose place a link was put since it was searched, but that is said."""
     note(work, "a.md", "kestrel")
-    gone = os.path.realpath(work / "memory" / "gone.md")
+    gone = os.path.join(os.path.realpath(work), "memory", "gone.md")
+    if link:
+        os.symlink(link, gone)
     here = os.path.realpath(work / "memory" / "a.md")
     rg = script(
         tmp_path / "rg",
@@ -429,7 +437,15 @@ def test_a_file_that_vanishes_is_left_out(work: Path, tmp_path: Path) -> None:
         "printf '2 matches\\n2 files searched\\n0 bytes printed\\n16 bytes searched\\n'",
     )
     found = find(work, "kestrel", "rg", rg=rg)
-    assert (names(found), found.note) == (["memory/a.md"], None)
+    assert names(found) == ["memory/a.md"]
+    assert found.note == (f"memory: {gone}: {told}" if told else None)
+
+
+def test_a_file_that_vanishes_before_it_is_searched_is_left_out(work: Path) -> None:
+    gone, problems, scan = str(work / "gone.md"), list[str](), notes.Scan()
+    assert not list(notes._walk([gone], scan, time.monotonic() + 60, problems))
+    notes._look(Query("kestrel"), gone, scan, time.monotonic() + 60, problems)
+    assert (problems, scan.files, scan.tallies) == ([], 0, {})
 
 
 def test_a_root_that_is_missing_is_no_error_one_that_cannot_be_is(work: Path) -> None:
@@ -497,6 +513,17 @@ def test_a_scanner_that_hangs_is_killed(work: Path, tmp_path: Path, body: str) -
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+def test_a_scanner_that_says_too_much_is_stopped(work: Path, tmp_path: Path) -> None:
+    note(work, "a.md", "kestrel")
+    rg = script(tmp_path / "rg", "truncate -s 65M /proc/self/fd/1; exec sleep 60")
+    found = find(work, "kestrel", "rg", rg=rg)
+    assert found.note == "memory: the search was given up: more than 64 MiB of matches"
+    rg = script(tmp_path / "rg", "yes complaint | head -c 7000000 >&2")
+    told = find(work, "kestrel", "rg", rg=rg).note or ""
+    assert told.startswith(f"memory: {rg}: complaint (and ")
+    assert int(told.split()[-2]) < 690_000, "some of it is not kept"
+
+
 @every_tool
 def test_the_deadline_is_told(work: Path, tool: str) -> None:
     for i in range(50):
@@ -516,6 +543,21 @@ def test_counting_keeps_the_deadline_as_well(work: Path, tool: str) -> None:
     with pytest.raises(TimeoutError):
         notes.Scan().add(query, "a.md", runs, late)
     assert next(runs) == b"kestrel%d" % notes.RUNS, "it looked at the clock, and went no further"
+    with pytest.raises(TimeoutError):
+        notes._look(query, os.path.realpath(work / "memory" / "a.md"), notes.Scan(), late, [])
+
+
+def test_reading_what_was_found_keeps_the_deadline_too(work: Path) -> None:
+    sections = 100_000
+    path = os.path.realpath(note(work, "a.md", "# kestrel\n" * sections))
+    query, scan = Query("kestrel"), notes.Scan()
+    scan.add(query, path, [b"kestrel"], time.monotonic() + 60)
+    scorer = relevance.Scorer(query, scan.tallies.values(), 100)
+    for left in (-1.0, 0.01):  # late already, or in the midst of it
+        told: list[str] = []
+        ranked = memory._rank(query, scorer, scan, str(work), time.monotonic() + left, told)
+        assert len(ranked) < sections
+        assert bool(told) or ranked
 
 
 def test_what_is_remembered_of_words_is_bounded() -> None:
@@ -648,6 +690,13 @@ def test_a_list_of_a_thousand_items_is_many_sections(work: Path) -> None:
     assert "topic123" in hit.text
     assert hit.end - hit.line < 300
     assert items[hit.line - 1] == hit.text.partition("\n")[0]
+
+
+def test_a_note_without_any_blank_is_shown_in_part(work: Path) -> None:
+    note(work, "a.md", "kestrel," * 2000)
+    (hit,) = find(work, "kestrel", chars=200).hits
+    assert hit.text == ("kestrel," * 2000)[: len(hit.text)]
+    assert 100 < len(hit.text) < 200
 
 
 def test_a_heading_inside_a_fence_is_none() -> None:

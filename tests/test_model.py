@@ -276,6 +276,8 @@ def test_a_newer_version_s_request_can_be_read() -> None:
     old = Request("p", images=("a.png",))
     assert Request.from_json({**old.to_json(), "later": ["x"], "latest": {}}) == old
     assert Request.from_json({"prompt": "p"}) == Request("p")
+    with pytest.raises(ValueError, match="prompt: it is missing"):
+        Request.from_json({"session": "s"})
 
 
 def test_sandboxes_are_ordered_from_the_narrowest() -> None:

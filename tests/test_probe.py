@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Units:
         self.dirs = dirs
         self.result: dict[str, object] | None = {"outcome": "done"}
         self.started: list[str] = []
+        self.at_work: set[str] = set()
 
     def start(self, ids: Iterable[str], _limits: Mapping[str, Mapping[str, int]]) -> None:
         for id in ids:
@@ -44,7 +46,7 @@ class Units:
                 (attempt / "result.json").write_text(json.dumps(self.result))
 
     def active(self) -> set[str]:
-        return set()
+        return self.at_work
 
     def refusal(self, _id: str) -> None: ...
 
@@ -56,7 +58,8 @@ class Units:
 
 
 class Trial:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, text: str = "") -> None:
+        (root / "codexd.yaml").write_text(text)
         self.config: Config = load(Directories.below(root), explicit=False)
         self.dirs = self.config.dirs
         spool.prepare(self.dirs)
@@ -140,3 +143,44 @@ def test_what_the_host_refuses_is_tried_again(trial: Trial) -> None:
     trial.dirs.tasks.mkdir()
     trial.tend()
     assert len(trial.units.started) == 1
+
+
+def test_what_was_written_in_part_is_removed(trial: Trial) -> None:
+    """As of a full disk: a directory is there, and its file has no room."""
+    trial.keeper.sandbox(None, trial.config.codex.sandbox)  # what is written before is there
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, most[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            trial.probe.tend(0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert os.listdir(trial.dirs.tasks) == []
+    trial.tend()
+    assert len(trial.units.started) == 1
+
+
+def test_it_is_waited_for(trial: Trial) -> None:
+    trial.probe.tend(0.0)
+    trial.units.at_work = set(trial.units.started)
+    trial.tend()
+    assert trial.probe.running == trial.units.at_work
+    trial.units.at_work = set()
+    trial.tend()
+    assert (trial.probe.running, len(trial.units.started)) == (set(), 1)
+
+
+def test_a_damaged_result_is_no_good_one(trial: Trial) -> None:
+    trial.probe.tend(0.0)
+    (id,) = trial.units.started
+    (place.attempt(trial.dirs, id, 1) / "result.json").write_text("{")
+    trial.probe.tend(0.0)
+    assert "its result is damaged: " in str(trial.probe.problem)
+    assert trial.probe.problem == trial.keeper.closed["host"]["message"]
+    assert os.listdir(trial.dirs.tasks) == []
+
+
+def test_without_a_sandbox_there_is_nothing_to_try(tmp_path: Path) -> None:
+    trial = Trial(tmp_path, "codex: {sandbox: danger-full-access}\n")
+    trial.tend()
+    assert (trial.units.started, trial.probe.problem) == ([], None)

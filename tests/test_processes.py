@@ -10,12 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from codexd import lock
+from codexd import config, lock, spool
+from codexd.config import Directories
+from codexd.launcher import NoLauncher, choose
+from codexd.master import STOP, Master
 from codexd.processes import Processes
+from codexd.service import Service
 
 ROOT = Path(__file__).resolve().parent.parent
 ID, OTHER = "20261123t072011-k3f9qa7x2m", "20261123t072011-k3f9qa7x2n"
@@ -199,6 +204,21 @@ def test_the_next_attempt_is_not_taken_for_what_the_last_left_behind(launcher: S
         launcher._children[ID].wait(0.2)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_what_another_user_runs_is_left(launcher: Scripted) -> None:
+    """As of a command with sudo: it can be killed by nobody but root."""
+    argv = ["setpriv", "--reuid=65534", "sleep", "300"]
+    with subprocess.Popen(argv, start_new_session=True) as left:
+        until(lambda: Path(f"/proc/{left.pid}").stat().st_uid == 65534, "it is another's")
+        os.seteuid(65533)
+        try:
+            assert launcher._end_adopted()
+        finally:
+            os.seteuid(0)
+        assert alive(left.pid)
+        left.kill()
+
+
 def test_many_starts_leave_nothing(launcher: Scripted) -> None:
     launcher.script = ENDS
     before = len(os.listdir("/proc/self/fd"))
@@ -287,6 +307,52 @@ def test_a_new_daemon_can_stop_what_the_last_left(
     launcher.stop({ID})
     until(lambda: not alive(pid), "it was asked")
     until(lambda: not launcher.active(), "it is gone")
+
+
+def test_a_systemd_that_has_no_such_unit_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Demanded, it is refused; else a daemon that is a service says why its workers are not."""
+    tool = tmp_path / "systemctl"
+    tool.write_text("#!/bin/sh\necho not-found\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("INVOCATION_ID", "0" * 32)
+    why = "the unit codexd-worker@.service is not installed; `codexd install` does it"
+    dirs = Directories.below(tmp_path)
+    spool.prepare(dirs)
+    settings = config.load(dirs, explicit=False)
+    demanded = replace(settings, launcher=config.Launcher.SYSTEMD)
+    with pytest.raises(NoLauncher, match=f"^launcher: systemd does not work here: {why}$"):
+        choose(demanded, Service("test"), embedded=True)
+    either = replace(settings, launcher=config.Launcher.AUTO)
+    for embedded, told in ((False, why), (True, None)):
+        found = choose(either, Service("test"), embedded)
+        assert (found.kind, found.why) == ("process", told)
+
+
+def test_the_master_ends_in_time_whatever_its_workers_do(
+    launcher: Scripted, tmp_path: Path
+) -> None:
+    settings = config.load(Directories.below(tmp_path), explicit=False)
+    spool.prepare(settings.dirs)
+    master = Master(settings, Service("test"), lambda: settings, embedded=True)
+    master.launcher = launcher
+    worker = launcher.begin(ID, DEAF)
+    now = time.monotonic()
+    assert master._stop(now) > 0
+    assert master._stop(now + STOP - 1) > 0
+    assert alive(worker)
+
+    def leave() -> None:
+        while True:
+            time.sleep(master._stop(now + STOP))
+
+    with pytest.raises(StopIteration):
+        leave()
+    assert not alive(worker)
+    assert not alive(launcher.behind(ID))
+    master.ledger.close()
 
 
 def test_locks_that_nobody_holds_are_cleared_away(tmp_path: Path) -> None:

@@ -325,6 +325,15 @@ def test_what_cannot_be_put_into_a_profile(tmp_path: Path, name: str, toml: str,
     assert not (found.codex.home / "codexd.config.toml").exists()
 
 
+@pytest.mark.parametrize(
+    ("toml", "why"), [("x = [", "Invalid|at line 1"), ("x = " + "[" * 10_000, "too deeply nested")]
+)
+def test_with_a_damaged_config_toml_nothing_is_known_to_be_hidden(
+    tmp_path: Path, toml: str, why: str
+) -> None:
+    assert re.search(why, profile.why_not(installed(tmp_path / "root", toml)) or "")
+
+
 def test_odd_names_are_quoted(tmp_path: Path) -> None:
     found = installed(tmp_path / 'a"\\\n\x7fü😀')
     assert str(found.dirs.tasks) in table(found)["filesystem"]

@@ -60,6 +60,8 @@ def local(text: str) -> float:
         ("2026-11-23 07:31:10", "Please try again in 1.5s.", "2026-11-23 07:32:00"),
         ("2026-11-23 07:31:10", "Please try again in 6m50s. Visit", "2026-11-23 07:39:00"),
         ("2026-11-23 07:31:10", "Please try again in 350ms.", "2026-11-23 07:32:00"),
+        # What is no number counts for nothing, and the rest as it stands.
+        ("2026-11-23 07:31:10", "try again in 1.2.3 days and 5 minutes.", "2026-11-23 07:37:00"),
     ],
 )
 def test_every_form(now: str, said: str, expected: str) -> None:

@@ -130,7 +130,7 @@ def test_what_is_old_may_go_and_what_is_young_stays(state: Place) -> None:
 
 
 def test_each_has_its_own_time(tmp_path: Path) -> None:
-    state = Place(tmp_path, "retention: {answers: 1d, archive: never, rejected: 40d}\n")
+    state = Place(tmp_path, "retention: {answers: 1d, archive: never, rejected: 40d, size: any}\n")
     state.task(ID.format(1), 9999)
     state.session("s", 9999)
     aged(state.dirs.usage / "2026-01-01.json", 9999)
@@ -159,6 +159,7 @@ def test_of_too_much_the_oldest_goes(tmp_path: Path) -> None:
         state.rollout(THREAD.format(n), days).write_text("x" * (MIB - 3))
         aged(state.rollout(THREAD.format(n), days), days)
     state.rollout(THREAD.format(9), 99).write_text("x" * 3 * MIB)  # somebody else's
+    shutil.rmtree(state.task(ID.format(8), 9) / "1")  # it has lost them already
     place.remember_key(dirs, "k", place.Keyed(ID.format(0), "0"))
     assert state.found() == {
         "attempts": {"1"},
@@ -413,14 +414,72 @@ def test_a_session_that_is_used_while_a_sweep_goes_on_stays(state: Place) -> Non
         state.session(f"s{number}", 99, THREAD.format(1))
     said = state.dirs.transcripts / "s7.jsonl"
     looked = Retention(state.config, lambda: state.live, NOW)
-    found = looked.found()
+    found = looked._sessions()  # not the weighing before it, which may pause as well
     assert next(found) is None
-    for path in (state.dirs.sessions / "s7.json", said):
+    # Of those that were looked at already, wherever a directory begins, and of those to come.
+    for path in (state.dirs.sessions / "s7.json", state.dirs.sessions / "s57.json", said):
         os.utime(path)
-    live = Task(ID.format(1), session="s8")
-    state.live = {live.id: live}
+    live = [Task(ID.format(n), session=f"s{n}8") for n in ("", 5)]
+    state.live = {task.id: task for task in live}
     gone = {old.paths[0].name for old in found if old}
-    assert gone == {f"s{n}.json" for n in range(60)} - {"s7.json", "s8.json"}
+    used = {f"s{n}.json" for n in (7, 57, 8, 58)}
+    assert gone == {f"s{n}.json" for n in range(60)} - used
+
+
+def test_a_transcript_that_is_used_while_it_is_looked_through_stays(state: Place) -> None:
+    state.session("s", 99).unlink()
+    said = state.dirs.transcripts / "s.jsonl"
+    looks = []
+    for old in Retention(state.config, lambda: state.live, NOW)._transcripts():
+        looks.append(old)
+        os.utime(said)
+    assert looks == [None]
+
+
+def test_a_daemon_can_pause_among_many_of_any_kind(state: Place) -> None:
+    dirs = state.dirs
+    for n in range(60):
+        id = f"20260101t000000-{n:010}"
+        aged(dirs.answers / f"{id}.md", 99)
+        aged(dirs.rejected / f"{n}.md.reason", 99)
+        aged(dirs.keys / f"{n:064}", 99, json.dumps({"id": id}))
+    looked = Retention(state.config, lambda: state.live, NOW)
+    for part in (looked._answers, looked._rejected, looked._keys):
+        told = list(part())
+        assert (told.count(None), len(told)) == (1, 61)
+
+
+def test_what_says_too_little_goes_by_its_own_age(state: Place) -> None:
+    """A task without its last word, an attempt without a result, a session without a word."""
+    for n, days in ((1, 89), (2, 91)):
+        home = state.task(ID.format(n), days)
+        (home / "status.json").unlink()
+        (home / "1" / "result.json").write_text("{")
+        aged(home, days)
+        session = state.session(f"s{n}", days)
+        (state.dirs.transcripts / session.name.replace(".json", ".jsonl")).unlink()
+    assert state.found() == {"archive": {ID.format(2)}, "sessions": {"s2.json"}}
+
+
+def test_a_damaged_key_stays_for_a_person(state: Place) -> None:
+    aged(state.dirs.keys / f"{1:064}", 99, "{")
+    assert state.found() == {}
+
+
+def test_the_thread_of_a_live_task_stays_whoever_else_names_it(state: Place) -> None:
+    state.task(ID.format(1), 99, THREAD.format(1))
+    state.rollout(THREAD.format(1), 99)
+    live = Task(ID.format(2), State.WAITING, thread=THREAD.format(1).upper())
+    state.live = {live.id: live}
+    assert state.found() == {"archive": {ID.format(1)}}
+
+
+def test_where_rollouts_cannot_be_looked_at_the_rest_goes(state: Place) -> None:
+    home = state.task(ID.format(1), 99, THREAD.format(1))
+    (state.dirs.codex_home / "sessions").symlink_to("sessions")
+    done = state.swept()
+    assert (done.counts, home.exists()) == ({"archive": 1}, False)
+    assert {p.strerror for p in done.problems} == {"Too many levels of symbolic links"}
 
 
 @pytest.fixture(scope="module")

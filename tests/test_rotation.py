@@ -15,12 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from codexd import audit, rotate
+from codexd import audit, clock, config, rotate, spool
 from codexd.delivery import Occasion
 from codexd.directories import Directories
 from codexd.ledger import Book, Follower, Ledger, render
+from codexd.master import Master
 from codexd.model import TRANSITIONS, Event, Kind, Note, State, Task
 from codexd.outcome import Outcome
+from codexd.service import Service
 from tests.history import AT, HEAD, closed, facts_of, ident, lines, move, queued, read, slow
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -476,3 +478,23 @@ def test_a_reader_beside_a_writer_that_rotates_sees_every_event_once(tmp_path: P
     assert [e.facts["reason"] for e in told if e.kind is Note.CLOSED] == [
         f"r{n}" for n in range(300)
     ]
+
+
+def test_a_checkpoint_that_cannot_be_written_holds_up_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = config.load(Directories.below(tmp_path), explicit=False)
+    spool.prepare(settings.dirs)
+    master = Master(settings, Service("test"), lambda: settings, embedded=True)
+    titled = {**queued(1).facts, "title": "x" * 9000}
+    master.ledger.append([Event(AT, Kind.QUEUED, ident(n), titled) for n in range(500)])
+    settings.dirs.checkpoint.mkdir()
+    now = clock.steady()
+    master.tend(now)
+    settings.dirs.checkpoint.rmdir()
+    master.tend(now + 9)
+    assert not settings.dirs.checkpoint.exists(), "it is not tried in each round"
+    master.tend(now + 11)
+    assert settings.dirs.checkpoint.is_file()
+    assert capfd.readouterr().err.count("host.refuses") == 1
+    master.ledger.close()

@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from codexd.replies import Turn, call_shell, echo, hang, patch, say
+from codexd.replies import Turn, call_shell, echo, hang, history, patch, say
 from codexd.scripted import KEY, ScriptedModel
 from tests.scripted_cases import CaseModel, Codex, directives, finish, payload
 
@@ -204,6 +204,16 @@ def test_the_shell_tool_is_one_that_codex_offers(tool: str) -> None:
 def test_without_a_shell_tool_the_error_names_what_there_is() -> None:
     with pytest.raises(LookupError, match="no tool that runs a command: view_image"):
         call_shell(turn("", tools=("view_image",)), "true")
+
+
+@pytest.mark.parametrize(
+    "output",
+    ["one\ntwo", {"content": "one\ntwo", "success": True}, [{"text": "one"}, {"text": "two"}]],
+)
+def test_what_a_tool_said_is_read_in_every_form(output: object) -> None:
+    asked = {"role": "user", "content": [{"type": "input_text", "text": "go"}]}
+    told = {"type": "function_call_output", "output": output}
+    assert history([asked, told]) == (["go"], ["one\ntwo"])
 
 
 def test_directives_in_quoted_lines_do_not_count() -> None:

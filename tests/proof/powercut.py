@@ -4,6 +4,9 @@
 
 The root lies on a loop-mounted image.  `xfs_io -x -c shutdown` stops the file system at
 once, without writing its log: what was not made durable by fsync is gone, as without power.
+What counts is what was acknowledged before: in the shutdown itself XFS lets the fsync of a
+directory succeed, and has forgotten the rename afterwards (15 of 43,840 in 60 cuts, with the
+system calls alone); without power there would be nobody left to be told.
 Then everything is killed, the image is mounted again (which replays its journal), a new
 daemon does what is left, and the oracle is asked for all that was acknowledged before.
 
@@ -94,12 +97,15 @@ def cut(home: Path, kind: str, chance: random.Random, figures: Counter[str]) -> 
         os.sync()
         place.launch()
         load = under_load(place, chance)
+        told, by_http = list(load.acknowledged), load.sent.get("202", 0)
         disk.cut()
         stop(load)
         place.kill()
         disk.unmount()
         disk.mount()
-        return judge(place, load, figures)
+        figures["acknowledged"] += len(told)
+        figures["of_them_by_http"] += by_http
+        return judge(place, load, told, figures)
     finally:
         if place:
             place.kill()
@@ -122,7 +128,7 @@ def stop(load: Load) -> None:
         pass  # the disk is gone; what was acknowledged before stands
 
 
-def judge(place: Place, load: Load, figures: Counter[str]) -> list[str]:
+def judge(place: Place, load: Load, acknowledged: list[str], figures: Counter[str]) -> list[str]:
     """What a new daemon makes of what the disk has kept."""
     before = len(place.starts())
     place.launch()
@@ -133,13 +139,11 @@ def judge(place: Place, load: Load, figures: Counter[str]) -> list[str]:
     place.stop()
     told = oracle.story(place, [])
     figures["cuts"] += 1
-    figures["acknowledged"] += len(load.acknowledged)
-    figures["of_them_by_http"] += load.sent.get("202", 0)
     figures["tasks"] += len(told.accepted)
     figures["done"] += told.kinds[Kind.DONE]
     figures["started_before"] += before
     figures["started_after"] += len(place.starts()) - before
-    return oracle.check(place, load.acknowledged, resumes=False)
+    return oracle.check(place, acknowledged, resumes=False)
 
 
 def alone() -> None:
