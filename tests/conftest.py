@@ -9,6 +9,21 @@ import pytest
 
 from tests.proof.level import LEVEL, MARK, seed
 
+# Whose workers and errands are counted, which takes each as long as its work: what the other
+# files have of them is more of the same (tests/bin/python-counted).
+COUNTED = {
+    "failures", "hooks", "main_job", "probe", "processes", "profile", "recovery", "verify",
+    "workdirs", "worker",
+}  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.path.stem.removeprefix("test_") in COUNTED:
+        os.environ["COVERAGE_WORKERS"] = "1"
+    else:
+        os.environ.pop("COVERAGE_WORKERS", None)
+
 
 def pytest_configure() -> None:
     """Draw the seed before xdist starts its workers, which inherit it."""
