@@ -22,7 +22,7 @@ from tests.test_bad_input import FAKE
 pytestmark = [pytest.mark.xdist_group("schema"), pytest.mark.timeout(pick(200, 1800, 14400))]
 
 TOKEN = "0123456789abcdef0123456789abcdef"
-EXAMPLES = pick(120, 250, 2600)  # of each operation
+EXAMPLES = pick(120, 250, 4200)  # of each operation, of which some have fewer
 CASES = pick(500, 2000, 20_000)  # what has to come of them
 # The one that tries each bound of each value by itself, 450 requests, is not short.
 PHASES = pick("fuzzing", "coverage,fuzzing", "coverage,fuzzing")
