@@ -11,10 +11,7 @@ from tests.proof.level import LEVEL, MARK, seed
 
 # Whose workers and errands are counted, which takes each as long as its work: what the other
 # files have of them is more of the same (tests/bin/python-counted).
-COUNTED = {
-    "failures", "hooks", "main_job", "probe", "processes", "profile", "recovery", "verify",
-    "workdirs", "worker",
-}  # fmt: skip
+COUNTED = {"failures", "hooks", "probe", "processes", "profile", "verify", "workdirs", "worker"}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -347,7 +347,7 @@ def test_a_delay(root: Family) -> None:
 
 
 def test_a_time_and_one_that_has_passed(root: Family) -> None:
-    at = clock.stamp(time.time() + 3)
+    at = clock.stamp(time.time() + 8)
     late = root.submit("l", not_before="2001-01-01T00:00")
     id = root.submit("t", not_before=at)
     assert root.reaches(id, "waiting")["until"] == at

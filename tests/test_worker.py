@@ -145,6 +145,7 @@ def test_two_at_once_start_codex_once(tmp_path: Path) -> None:
     [
         ({"workdir": "/nowhere/at/all"}, "workdir /nowhere/at/all is not below a configured root"),
         ({"workdirs": ["/"], "workdir": "/nowhere"}, "workdir /nowhere does not exist"),
+        ({"workdirs": ["/"], "workdir": f"/{'x' * 300}"}, "cannot be reached: File name too long"),
         ({"workdirs": ["/"], "workdir": "/etc/passwd"}, "workdir /etc/passwd is not a directory"),
         ({"request": {"images": ["a.png"]}}, "a.png does not exist"),
         ({"request": {"images": ["/etc/passwd"]}}, "image /etc/passwd is not below"),

@@ -94,7 +94,7 @@ class Load:
         elif what < 0.85:
             self._control("cancel")
         elif what < 0.91:
-            self.held[self._control("hold")] = now + self.chance.uniform(0.2, 1.0)
+            self._hold(now + self.chance.uniform(0.2, 1.0))
         elif what < 0.97:
             self._retry()
         elif what < 0.98:
@@ -124,10 +124,15 @@ class Load:
         if ours:
             self.ids.append(id)
 
-    def _control(self, verb: str) -> str:
+    def _control(self, verb: str) -> None:
         id = self.chance.choice(self.ids[-8:])
         spool.deliver_control(self.place.dirs.inbox, f"{id}.{verb}")
-        return id
+
+    def _hold(self, until: float) -> None:
+        """It has to be released, too, if its delivery fails: it may be there for all that."""
+        id = self.chance.choice(self.ids[-8:])
+        self.held[id] = until
+        spool.deliver_control(self.place.dirs.inbox, f"{id}.hold")
 
     def _retry(self) -> None:
         """One more run of a task that has ended, as far as anybody can see."""
