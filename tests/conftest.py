@@ -11,7 +11,17 @@ from tests.proof.level import LEVEL, MARK, seed
 
 # Whose workers and errands are counted, which takes each as long as its work: what the other
 # files have of them is more of the same (tests/bin/python-counted).
-COUNTED = {"failures", "hooks", "probe", "processes", "profile", "verify", "workdirs", "worker"}
+COUNTED = {
+    "failures",
+    "hooks",
+    "probe",
+    "processes",
+    "profile",
+    "starts",
+    "verify",
+    "workdirs",
+    "worker",
+}
 
 
 @pytest.hookimpl(tryfirst=True)
