@@ -99,8 +99,8 @@ def write_all(fd: int, data: bytes) -> None:
 def is_there(path: str | os.PathLike[str], *, follow: bool = True) -> bool:
     """Whether something lies at `path`.
 
-    Raises OSError when nobody can say.  That is why nothing of ours asks os.path for it, or
-    pathlib, which since Python 3.14 also takes what a failing disk says for a "no".
+    Raises OSError when nobody can say.  os.path, and since Python 3.14 pathlib, take what a
+    failing disk says for a "no": whoever starts, keeps or removes a task by the answer asks here.
     """
     return _kind(path, follow) is not None
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.proof.level import LEVEL, MARK, seed
 
-# Whose workers and errands are counted, which takes each as long as its work: what the other
-# files have of them is more of the same (tests/bin/python-counted).
+# The files whose workers and errands are counted (tests/bin/python-counted).  It makes each take
+# about twice as long, and what other files have of them is more of the same.
 COUNTED = {
     "failures",
     "hooks",

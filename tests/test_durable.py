@@ -359,3 +359,23 @@ def _plain(call: str, place: Path) -> str:
     text = re.sub(r"\.[0-9]+\.tmp", ".tmp", text)
     text = text.replace("20261123t072011-k3f9qa7x2m", "ID")
     return text.replace("20261123t072011-k3f9qa7x2n", "OTHER")
+
+
+# --- what is there ------------------------------------------------------------------------
+
+
+def test_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("nothing")
+    there = [durable.is_there(tmp_path / n) for n in ("", "file", "file/x", "loop", "nowhere", "x")]
+    assert there == [True, True, False, False, False, False]
+    assert durable.is_there(tmp_path / "nowhere", follow=False)
+    assert durable.is_directory(tmp_path)
+    assert not durable.is_directory(tmp_path / "file")
+
+
+def test_what_nobody_can_say_is_no_no(tmp_path: Path) -> None:
+    """As of a failing disk; the name is one that no file system has."""
+    with pytest.raises(OSError, match="too long"):
+        durable.is_there(tmp_path / ("x" * 300))

@@ -584,16 +584,22 @@ def test_one_event_that_is_never_taken_holds_up_no_other(told: Told) -> None:
         assert tried[f"{bad}.done"] >= 1
 
 
+def of_its_own_directory(tmp_path: Path, text: str) -> Mortal:
+    """A daemon with a hook that is told where the runs of hooks lie."""
+    program = tmp_path / "hook"
+    program.write_text(text)
+    program.chmod(0o755)
+    daemon = Mortal(tmp_path / "root")
+    with open(daemon.root / "codexd.yaml", "a") as more:
+        more.write(f"retry: {{base: 1s, cap: 1s}}\non:\n  done: {program} {daemon.dirs.hooks}\n")
+    return daemon
+
+
 def test_what_cannot_be_removed_stops_neither_the_daemon_nor_its_next_start(
     tmp_path: Path,
 ) -> None:
     """The hook makes itself a directory, beside its event, that nobody may look into."""
-    program = tmp_path / "hook"
-    program.write_text(STUBBORN)
-    program.chmod(0o755)
-    daemon = Mortal(tmp_path / "root")
-    with open(daemon.root / "codexd.yaml", "a") as more:
-        more.write(f"on:\n  done: {program} {daemon.dirs.hooks}\n")
+    daemon = of_its_own_directory(tmp_path, STUBBORN)
     with daemon:
         for name in ("a", "b"):
             daemon.drop(f"{name}.md", "x")
@@ -618,12 +624,7 @@ cd "$1/${CODEXD_EVENT_ID%%.*}" && mkdir shut && touch shut/x && chmod 0 shut
 
 def test_a_hook_that_shuts_its_own_directory_holds_up_no_other(tmp_path: Path) -> None:
     """Its result can neither be written nor read, nor can it be run again."""
-    program = tmp_path / "hook"
-    program.write_text(SHUTTING)
-    program.chmod(0o755)
-    daemon = Mortal(tmp_path / "root")
-    with open(daemon.root / "codexd.yaml", "a") as more:
-        more.write(f"retry: {{base: 1s, cap: 1s}}\non:\n  done: {program} {daemon.dirs.hooks}\n")
+    daemon = of_its_own_directory(tmp_path, SHUTTING)
     told = daemon.dirs.hooks.parent / "told"
     with daemon:
         daemon.drop("a.md", "x")
