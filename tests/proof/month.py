@@ -183,9 +183,13 @@ class Month:
                 if what == "disk":
                     (self.daemon.root / "ballast").unlink()
                     self.daemon.wake()
-                    until(lambda: "disk" not in self.daemon.reader.book().gate, "the disk, seen")
+                    until(self.has_room, "the disk, seen")
                 else:
                     self.behave(WELL, 0)
+
+    def has_room(self) -> bool:
+        """Whether the daemon has said so, everywhere."""
+        return "disk" not in self.daemon.reader.book().gate and not self.daemon.told_full()
 
     def behave(self, mode: str, seconds: float, delay: float = 0.0) -> None:
         """What Codex does from now on."""
