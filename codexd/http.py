@@ -32,7 +32,6 @@ import stat
 import sys
 import traceback
 from asyncio import StreamReader, StreamWriter
-from itertools import chain
 
 from codexd import sockets
 from codexd.api import Api
@@ -83,9 +82,8 @@ class Server:
         self.token = token
         self._stop = asyncio.Event()
         self._links: dict[Link, asyncio.Task[None]] = {}
-        # Those we wait for, the longest first: for a request, for a reply to be taken.
-        self._unready: dict[Link, None] = {}
-        self._taking: dict[Link, None] = {}
+        # Those we wait for, the longest first: for a request, else for a reply to be taken.
+        self._awaited: dict[Link, bool] = {}
 
     def stop(self) -> None:
         self._stop.set()
@@ -110,7 +108,7 @@ class Server:
         self.api.stopping = True
         for _ in range(2):  # as many turns of the loop take what was accepted to `_accept`
             await asyncio.sleep(0)
-        for link in [link for link in self._unready if link.answered]:
+        for link in [link for link, asks in self._awaited.items() if asks and link.answered]:
             link.abort()
         if self._links:
             await asyncio.wait(self._links.values(), timeout=GRACE)
@@ -124,22 +122,18 @@ class Server:
         welcome = len(self._links) < CONNECTIONS or self._made_room()
         task = asyncio.get_running_loop().create_task(self._serve(link, welcome))
         self._links[link] = task
-        self._unready[link] = None
+        self._awaited[link] = True
         task.add_done_callback(lambda _done: self._links.pop(link, None))
 
     def _made_room(self) -> bool:
         """Close a connection that keeps us waiting, if there is one; never one we work for."""
-        oldest = next(chain(self._unready, self._taking), None)
+        oldest = next(iter(self._awaited), None)
         if oldest is None:
             return False
-        self._forget(oldest)
+        del self._awaited[oldest]
         del self._links[oldest]
         oldest.abort()
         return True
-
-    def _forget(self, link: Link) -> None:
-        self._unready.pop(link, None)
-        self._taking.pop(link, None)
 
     async def _serve(self, link: Link, welcome: bool) -> None:
         """Everything about one connection."""
@@ -151,7 +145,7 @@ class Server:
         except (EOFError, TimeoutError, OSError):
             pass  # the client went, or would go on for ever: there is nobody to tell
         finally:
-            self._forget(link)
+            self._awaited.pop(link, None)
             link.abort()
 
     async def _exchange(self, link: Link) -> bool:
@@ -172,7 +166,7 @@ class Server:
         Closing a socket with unread data would reset the reply away.
         """
         await self._reply(link, problem.reply, keep=False)
-        self._unready[link] = None
+        self._awaited[link] = True
         link.writer.write_eof()
         left = _LINGER_BYTES
         async with asyncio.timeout(_LINGER):
@@ -197,7 +191,7 @@ class Server:
 
     async def _receive(self, link: Link) -> tuple[Call, bytes]:
         """A whole request: what it asks for, and its body.  Raises Problem, EOFError."""
-        self._unready[link] = None
+        self._awaited[link] = True
         link.exchange = Exchange()
         begun = b""
         try:
@@ -218,7 +212,7 @@ class Server:
             slow = f"the request was not complete within {DEADLINE:g} s"
             raise Problem(408, "slow", slow) from None
         finally:
-            self._forget(link)
+            self._awaited.pop(link, None)
 
     async def _reply(self, link: Link, answer: Reply, keep: bool) -> None:
         self.api.counts[answer.status] += 1
@@ -227,10 +221,10 @@ class Server:
             where = dict(answer.headers).get("Location", asked.path)
             about = {"path": asked.path[:200], "status": answer.status, "uid": link.uid}
             self.service.log(Level.INFO, "http.post", task=_task(where), **about)
-        self._taking[link] = None
+        self._awaited[link] = False
         await link.send(asked.render(answer, keep=keep))
         link.answered = True
-        self._forget(link)
+        self._awaited.pop(link, None)
 
 
 def _task(path: str) -> str | None:

@@ -19,6 +19,7 @@ import pytest
 
 from codexd import sockets
 from codexd.config import HttpConfig
+from codexd.http import CONNECTIONS
 from codexd.openapi import DOCUMENT
 from codexd.program import Exit
 from codexd.sockets import NoSocket
@@ -304,6 +305,22 @@ def test_slow_clients_harm_only_themselves(web: Web) -> None:
         for client in [*slow, *deaf]:
             client.__exit__(None, None, None)
     assert web.ask("GET", "/tasks").status == 200
+
+
+def test_who_has_just_come_makes_no_room_for_others(web: Web) -> None:
+    """Those who do not take their replies are closed first: they have kept us waiting longer."""
+    fetch = f"GET /openapi.json HTTP/1.1\r\n{HOST}\r\n".encode() * 40
+    deaf = [web.connect() for _ in range(CONNECTIONS)]
+    try:
+        for client in deaf:
+            client.send(fetch)
+        for client in deaf:
+            client.sock.recv(1, socket.MSG_PEEK)  # its first reply has come
+        with web.connect() as honest, web.connect(), web.connect():
+            assert honest.ask("GET", "/tasks").status == 200
+    finally:
+        for client in deaf:
+            client.__exit__(None, None, None)
 
 
 def test_half_a_request_is_told_after_its_deadline(web: Web) -> None:

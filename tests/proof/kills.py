@@ -52,6 +52,11 @@ class Killer:
     def strike(self) -> None:
         """Kill one or more, and start the daemon again if it is not there."""
         victim = self.chance.choices(list(VICTIMS), list(VICTIMS.values()))[0]
+        all_of_them = self.chance.random() < 0.3
+        words = {"worker": "--tasks", "codex": "exec --json", "http": "codexd.http"}
+        found = self.place.find(words[victim]) if victim in words else []
+        if victim in words and not found:
+            victim = "master"  # a kill that hits nobody would be none
         self.killed[victim] += 1
         if victim == "all":
             self.place.kill()
@@ -60,9 +65,7 @@ class Killer:
             self.place.child.kill()
             self.place.reap()
         else:
-            words = {"worker": "--tasks", "codex": "exec --json", "http": "codexd.http"}[victim]
-            found = self.place.find(words)
-            kill(found if self.chance.random() < 0.3 else found[:1])
+            kill(found if all_of_them else found[:1])
         if not self.place.up():
             self.place.reap()
             self.place.launch()
