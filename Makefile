@@ -10,7 +10,11 @@ READY := $(VENV)/.ready
 TESTS ?= -n auto --dist loadgroup
 COVERED ?=
 RUNNER ?= $(VENV)/bin/python
-PROOFS ?= tests/proof tests/test_dry.py::test_twenty_tasks_while_the_quota_runs_dry
+# What a proof is besides: hostile files, bytes and turns, damaged ledgers, killed units.
+PROVEN := bad_input spool book ledger ledger_command durable document http framing hostile \
+    profile survival
+PROOFS ?= tests/proof tests/test_dry.py::test_twenty_tasks_while_the_quota_runs_dry \
+    $(PROVEN:%=tests/test_%.py)
 
 .PHONY: venv demo test lint bench proof proof-long soak coverage deb clean
 
