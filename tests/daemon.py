@@ -180,7 +180,7 @@ class Daemon:
         assert len(found) == 1, found
         return read_answer(found[0])
 
-    def reason(self, name: str, seconds: float = 10.0) -> str:
+    def reason(self, name: str, seconds: float = 30.0) -> str:
         """Why a dropped file was rejected."""
         path = self.dirs.rejected / f"{name}.reason"
         return until(lambda: path.exists() and path.read_text(), f"reason for {name}", seconds)

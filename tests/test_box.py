@@ -111,8 +111,8 @@ def test_files_go_in_and_out(box: Box, tmp_path: Path) -> None:
 def test_a_command_fails_loudly(box: Box) -> None:
     with pytest.raises(BoxError, match="status 3: oops"):
         box.run("sh", "-c", "echo oops; exit 3")
-    with pytest.raises(BoxError, match=r"not done in 0\.2 s: begun"):
-        box.run("sh", "-c", "echo begun; sleep 4321", timeout=0.2)
+    with pytest.raises(BoxError, match="not done in 3 s: begun"):
+        box.run("sh", "-c", "echo begun; sleep 4321", timeout=3)
     until(lambda: box.run("pgrep", "-f", "sleep 432[1]", check=False).returncode, "its end")
 
 

@@ -31,9 +31,9 @@ def timed(place: Place, mode: str) -> float:
     ("mode", "limits", "outcome", "least", "said"),
     [
         ("hang-silent", {"idle_timeout": 1}, "stall", 1, "last seen: starting"),
-        ("hang-turn", {"idle_timeout": 1}, "stall", 1, "last seen: thinking"),
+        ("hang-turn", {"idle_timeout": 3}, "stall", 3, "last seen: thinking"),
         # A command may be silent for longer than the model, but not for ever.
-        ("hang-item", {"idle_timeout": 1}, "stall", BUSY, "last seen: running: sleep 9"),
+        ("hang-item", {"idle_timeout": 2}, "stall", 2 * BUSY, "last seen: running: sleep 9"),
         ("hang-item", {"idle_timeout": 1, "timeout": 3}, "timeout", 3, "running: sleep 9"),
         ("hang-item", {"idle_timeout": 9, "timeout": 2}, "timeout", 2, "running: sleep 9"),
         ("hang-completed", {"idle_timeout": 1, "timeout": 3}, "done", GRACE, ""),

@@ -21,8 +21,8 @@ def root(tmp_path: Path) -> Iterator[Root]:
 
 
 def running(root: Root) -> str:
-    """A task in a turn that takes some seconds."""
-    root.behave(delay=6)
+    """A task in a turn that outlasts some commands, however slow."""
+    root.behave(delay=20)
     id = root.submit("a")
     root.reaches(id, "running")
     events = root.dirs.tasks / id / "1" / "events.jsonl"

@@ -50,11 +50,17 @@ class DryModel(CaseModel):
             if self._answered < 5:
                 self._answered += 1
             elif self.full_at is None or time.time() < self.full_at:
-                self.full_at = self.full_at or time.time() + self._seconds
+                self.full_at = self.full_at or _well_before_a_minute(time.time() + self._seconds)
                 self.refused.append(turn)
                 left = max(1, round(self.full_at - time.time()))
                 return ENDINGS["quota"](str(left))
         return self._play(turn)
+
+
+def _well_before_a_minute(at: float) -> float:
+    """`at`, or somewhat later: Codex tells of the next whole minute, and until then some
+    commands have to look at the closed gate."""
+    return at if at % 60 < 40 else at + 30
 
 
 def notes(daemon: Daemon, kind: str) -> list[str]:

@@ -490,6 +490,7 @@ def test_compact_beside_a_daemon(daemon: Daemon) -> None:
         assert len(daemon.tasks()) == 2
 
 
+@pytest.mark.timeout(300)
 def test_verify_and_export_while_a_daemon_works_and_rotates(daemon: Daemon) -> None:
     """No false alarm, whatever is on its way from one place to the next."""
     behave(daemon)

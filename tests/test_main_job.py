@@ -15,6 +15,8 @@ from codexd.scripted import ScriptedModel
 from tests.daemon import Daemon, read_answer, until
 from tests.scripted_cases import CaseModel
 
+pytestmark = pytest.mark.timeout(400)  # as patient as its answers
+
 SESSIONS, EACH = 20, 10
 
 

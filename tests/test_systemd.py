@@ -218,7 +218,7 @@ def test_a_killed_worker_is_named(codexd: Installed) -> None:
 
 
 def test_a_worker_that_hangs_is_named(codexd: Installed) -> None:
-    codexd.drop_in("codexd-worker@.service", "[Service]\nWatchdogSec=1s\n")
+    codexd.drop_in("codexd-worker@.service", "[Service]\nWatchdogSec=10s\n")
     codexd.drop("---\nattempts: 1\n---\n[[shell sleep 1732]]", "hung.md")
     id = codexd.running("hung")
     codexd.box.run("systemctl", "kill", "--signal=SIGSTOP", "--kill-whom=main", unit(id))

@@ -296,7 +296,7 @@ def test_hostile_output_is_quoted_and_bounded(daemon: Daemon, model: Mender) -> 
 
 def test_the_tasks_time_counts_for_the_check(daemon: Daemon) -> None:
     check = {"command": "echo began; sleep 86311"}
-    drop(daemon, "a", check, "[[say x]]", timeout="3s", idle_timeout="1s")
+    drop(daemon, "a", check, "[[say x]]", timeout="9s", idle_timeout="3s")
     front, answer = daemon.answer("a")
     assert (front["outcome"], answer) == ("timeout", "x\n")
     assert "used up by the check 'echo began; sleep 86311'" in front["message"]

@@ -76,9 +76,10 @@ def one(tmp_path: Path) -> Round:
 
 
 def took(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    """Seconds of a processor."""
+    began = time.thread_time()
     work()
-    return time.perf_counter() - began
+    return time.thread_time() - began
 
 
 def test_ten_thousand_children_of_one_parent(one: Round) -> None:

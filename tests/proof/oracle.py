@@ -36,6 +36,7 @@ class Story:
     runs: Counter[str] = field(default_factory=Counter)
     rejected: dict[str, str] = field(default_factory=dict)  # file -> reason
     kinds: Counter[str] = field(default_factory=Counter)
+    held: set[str] = field(default_factory=set)
     mark: dict[str, str] = field(default_factory=dict)  # id -> what its prompt says
 
 
@@ -60,6 +61,8 @@ def story(place: Place, problems: list[str]) -> Story:
             told.rejected[str(event.facts["file"])] = str(event.facts["reason"])
         elif event.kind is Kind.QUEUED and event.id not in told.accepted:
             told.accepted[event.id] = event
+        elif event.kind is Kind.WAITING and event.facts.get("reason") == "hold":
+            told.held.add(event.id)
         elif event.kind is Kind.RUNNING:
             told.runs[event.id] += 1
         elif event.kind in ENDS:
@@ -93,6 +96,17 @@ def check(place: Place, acknowledged: Iterable[str], *, resumes: bool = True) ->
     for file in audit.files(place.dirs):
         problems += map(str, audit.check(file, audit.Checked(file.name), False))
     return problems + list(map(str, audit.compare(place.dirs)))
+
+
+def obeyed(place: Place, cancelled: str, held: str) -> list[str]:
+    """Whether tasks that were to be cancelled and held have been: no control file is lost."""
+    told = story(place, [])
+    problems = []
+    if [event.kind for event in told.ends[cancelled]] != [Kind.CANCELLED]:
+        problems.append(f"{cancelled} was not cancelled")
+    if held not in told.held:
+        problems.append(f"{held} was not held")
+    return problems
 
 
 def _kept(told: Story, acknowledged: Iterable[str]) -> list[str]:
@@ -156,6 +170,8 @@ def _started(told: Story, starts: list[dict[str, Any]]) -> list[str]:
     problems += [f"{id}/{n} was started {k} times" for (id, n), k in times.items() if k > 1]
     for start in starts:
         id = start["task"]
+        if start["attempt"] > told.runs[id]:
+            problems.append(f"{id}/{start['attempt']} was started, and the ledger knows nothing")
         if start["mark"] != told.mark.get(id):
             problems.append(f"{id} was given {start['mark']}, not {told.mark.get(id)}")
     ran = {start["task"] for start in starts}

@@ -160,7 +160,7 @@ def play(template: Template, point: Point) -> tuple[list[str], int]:
     problems = []
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
         problems.append("it did not go on by itself")
-    problems += recover(place)
+    problems += recover(place, point.scene)
     return [f"{point}: {problem}" for problem in problems], tries
 
 
@@ -173,17 +173,20 @@ def settle(place: Place) -> None:
         gone(str(place.root))
 
 
-def recover(place: Place) -> list[str]:
+def recover(place: Place, scene: str) -> list[str]:
     """Start again, let everything be done, ask the oracle."""
-    names = [*os.listdir(place.dirs.inbox), *os.listdir(place.dirs.tasks)]
-    second = [SECOND] if any(SECOND in name for name in names) else []
-    for name in ("all", *second):
-        scenes.deliver(place, f"{name}.release")
+    second = [SECOND] if scene == "control" else []
     try:
+        if second:
+            scenes.until_over(place, scenes.empty_inbox)  # it is held, then released
+        for name in ("all", *second):
+            scenes.deliver(place, f"{name}.release")
         scenes.until_over(place, scenes.nothing_left)
     except RuntimeError as error:
         return [str(error)]
     problems = oracle.check(place, [*ACKNOWLEDGED, *second])
+    if second:
+        problems += oracle.obeyed(place, cancelled=FIRST, held=SECOND)
     late = [p for p in place.root.rglob(".*.tmp") if p.parent != place.dirs.inbox]
     return problems + [f"left behind: {path}" for path in late]
 
