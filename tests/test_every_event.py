@@ -154,7 +154,7 @@ LAST = {
     "completed, codex": ("turn.completed", "codex", "", "signal", "killed by signal 9", 2),
     "completed, unchecked": (
         "turn.completed", "worker", "verify: {command: 'true', rounds: 1}", "interrupted",
-        "killed before the task's check had passed", 1,
+        "before the task's check had passed", 1,
     ),
     "updated, worker": ("item.updated", "worker", "", "interrupted", "in the middle of the tur", 1),
     "updated, codex": ("item.updated", "codex", "", "signal", "killed by signal 9", 2),

@@ -21,6 +21,7 @@ import pytest
 
 from codexd import clock, config, exits, place, spool, transcript
 from codexd.directories import Directories
+from codexd.evidence import Result
 from codexd.exits import Ended
 from codexd.finish import Finish, Finished
 from codexd.ledger import Ledger
@@ -29,6 +30,7 @@ from codexd.outcome import Outcome
 from codexd.spend import Spend
 from tests.daemon import PYTHON, Daemon, read_answer, until
 from tests.processes import codex_of, commands, gone, kill, worker_of
+from tests.recordings import RECORDINGS
 from tests.scripted_cases import CaseModel
 from tests.test_failures import CONFIG, Seen, id_of, prepared
 
@@ -201,7 +203,7 @@ def test_interrupted_again_and_again_a_task_has_failed(daemon: Daemon, model: Ca
         kill(worker_of(task.id))
     front, _ = daemon.answer("poison")
     assert (front["state"], front["outcome"]) == ("failed", "interrupted")
-    assert front["message"] == "the worker was killed in the middle of the turn"
+    assert front["message"] == "its worker ended without a result in the middle of the turn"
     gone(task.id)
 
 
@@ -291,6 +293,32 @@ def test_whether_a_killed_worker_had_to_check_is_not_guessed(
     assert one.finish.evidence.result(one.task).outcome is Outcome.INTERRUPTED
     (one.at / "attempt.json").write_text('{"verify": null}')
     assert one.finish.evidence.result(one.task).outcome is Outcome.DONE
+
+
+def ended_in(one: Judge, events: bytes) -> Result:
+    """What is made of an attempt that Codex said this in, and that left no result."""
+    (one.at / "started").touch()
+    (one.at / "attempt.json").write_text('{"verify": null}')
+    (one.at / "events.jsonl").write_bytes(events)
+    return one.finish.evidence.result(one.task)
+
+
+def test_a_conversation_that_was_not_kept_is_not_done(tmp_path: Path) -> None:
+    """The disk was full for Codex, and then for the worker's own result."""
+    events = RECORDINGS["home_disk_full_200k"].stdout
+    found = ended_in(Judge(tmp_path), events)
+    assert found.outcome is Outcome.HOST
+    assert "Failed to save the conversation transcript" in found.message
+
+
+@pytest.mark.parametrize(("text", "outcome"), [("yes", Outcome.DONE), (" \n", Outcome.NO_ANSWER)])
+def test_a_turn_without_a_result_is_judged_as_its_worker_would(
+    tmp_path: Path, text: str, outcome: Outcome
+) -> None:
+    said = {"type": "agent_message", "id": "i", "text": text}
+    events = [{"type": "item.completed", "item": said}, {"type": "turn.completed", "usage": {}}]
+    told = "".join(f"{json.dumps(e)}\n" for e in events).encode()
+    assert ended_in(Judge(tmp_path), told).outcome is outcome
 
 
 def test_the_exit_record_says_who_ended_a_turn(tmp_path: Path) -> None:
