@@ -107,14 +107,20 @@ class Evidence:
         the last of it that is known."""
         begun, did = False, ""
         for number in range(task.launches, 0, -1):
-            lost = not durable.is_directory(place.attempt(self.dirs, task.id, number))
             reader = self._printed(task.id, number)
             # Cut off, it may have done more than it could tell.
-            begun |= lost or bool(reader.items_seen or (reader.turn_started and not reader.ended))
+            cut = reader.turn_started and not reader.ended
+            begun |= cut or reader.items_seen > 0 or self._is_untold(task.id, number)
             did = did or reader.did
             if did:
                 break
         return begun, did
+
+    def _is_untold(self, id: str, number: int) -> bool:
+        """Whether Codex may have run and nothing tells what it came to; of its events, a power
+        cut or a full disk may have left none."""
+        result = place.attempt(self.dirs, id, number) / "result.json"
+        return self.began(id, number) and not durable.is_there(result)
 
     def _printed(self, id: str, number: int) -> codex.Reader:
         """What Codex said in an attempt, as far as that can be read."""

@@ -32,7 +32,7 @@ from tests.daemon import PYTHON, Daemon, read_answer, until
 from tests.processes import codex_of, commands, gone, kill, worker_of
 from tests.recordings import RECORDINGS
 from tests.scripted_cases import CaseModel
-from tests.test_failures import CONFIG, Seen, id_of, prepared
+from tests.test_failures import BEGUN, CONFIG, Seen, id_of, prepared
 
 pytestmark = pytest.mark.xdist_group("recovery")
 
@@ -321,6 +321,22 @@ def test_a_turn_without_a_result_is_judged_as_its_worker_would(
     assert ended_in(Judge(tmp_path), told).outcome is outcome
 
 
+@pytest.mark.parametrize(
+    ("left", "acted"),
+    [([], False), (["started"], True), (["started", "result.json"], False), (None, True)],
+)
+def test_an_attempt_without_a_result_may_have_acted(
+    tmp_path: Path, left: list[str] | None, acted: bool
+) -> None:
+    """Its events may have been lost: on a full disk, and in a power cut."""
+    one = Judge(tmp_path)
+    for name in left or []:
+        (one.at / name).write_text('{"outcome": "quota"}')
+    if left is None:
+        one.at.rmdir()
+    assert one.finish.evidence.acted(one.task) == (acted, "")
+
+
 def test_the_exit_record_says_who_ended_a_turn(tmp_path: Path) -> None:
     one = Judge(tmp_path)
     (one.at / "started").touch()
@@ -480,6 +496,10 @@ def test_every_moment_of_a_crash(daemon: Daemon, model: CaseModel) -> None:
     assert daemon.answer("accepted")[0]["id"] == ids["accepted"]
     assert daemon.answer("stored")[0]["id"] == ids["stored"]
     assert daemon.answer("named")[0]["thread"] != UNKNOWN_THREAD
+    # which of them may have been at work is known, also where nothing tells of it
+    for name in ("ordered", "started", "named"):
+        (turn,) = model.asked(f"[[say {name}]]")
+        assert (BEGUN in turn.prompt) == (name != "ordered"), name
     for name in ended:
         shown = daemon.json("session", "show", f"s-{name}")
         assert (shown["tasks"], shown["usage"]["input_tokens"]) == (1, 100)
