@@ -225,6 +225,38 @@ def test_a_host_that_cannot_start_workers_gets_time(daemon: Daemon, model: CaseM
     assert "host" not in daemon.json("status")["gate"]
 
 
+NO_ROOM = """#!/bin/sh
+# The first turn's worker finds a directory where it wants to write its result.
+at=$(dirname "$(readlink /proc/self/fd/0)")
+[ "$1" != exec ] || [ "${at##*/}" != 1 ] || mkdir "$at/.result.json.$PPID.tmp"
+exec "$FAKE" "$@"
+"""
+
+
+@pytest.mark.parametrize(("mode", "attempts"), [("answer", 1), ("no-terminal,answer", 2)])
+def test_no_room_for_a_result_is_the_hosts_fault(tmp_path: Path, mode: str, attempts: int) -> None:
+    """It was no kill, after which the turn would be run again at once; what is done is done."""
+    codex = tmp_path / "codex"
+    codex.write_text(NO_ROOM.replace("$FAKE", str(FAKE)))
+    codex.chmod(0o755)
+    one = Daemon(tmp_path / "root", config=f"codex:\n  bin: {codex}\n{CONFIG}")
+    (one.dirs.codex_home / "fake.json").write_text(json.dumps({"mode": mode}))
+    with one:
+        one.drop("t.md", "Do it.")
+        front, _ = one.answer("t", 60)
+        assert (front["outcome"], front["attempts"]) == ("done", attempts), front
+        waits = [line for line in one.events() if "**waiting**" in line]
+        if attempts == 1:
+            assert front["message"].startswith("the turn was complete when its worker ended")
+            assert not waits
+        else:
+            (told,) = waits
+            assert 'reason="host"' in told
+            assert "its worker could not write its result" in told
+        assert one.log.read_text().count("result.json could not be written") == 1
+        assert "Traceback" not in one.log.read_text()
+
+
 # --- what is made of what an attempt left -------------------------------------------------
 
 ID = "20261123t072011-k3f9qa7x2m"
