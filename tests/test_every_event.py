@@ -73,7 +73,7 @@ class Halting(CaseModel):
         if not halt:
             return super()._play(turn)
         name, at = halt[1], int(halt[2])
-        # Killed early, the next attempt is in a new thread, and not told of the one before.
+        # Killed early, the next attempt is in a new thread, and may not be told of the one before.
         if "An earlier attempt" in turn.prompt or name in self.killed:
             return [message(f"resumed {name}"), completed()]
         if at == 0:
