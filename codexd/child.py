@@ -176,7 +176,8 @@ class Child:
             os.close(fd)  # held open by what is in a session of its own
         self.close()
 
-    def sweep(self) -> None:
+    @staticmethod
+    def sweep() -> None:
         """End what its tools put into sessions of their own."""
         _end_children()
 

@@ -1,9 +1,9 @@
 """What an attempt left behind: the evidence of what it came to, checked.
 
 Part of the master.  Reads tasks/ID/N, the exit record of its unit, and nothing
-else.  An attempt without a result that had begun was killed with its worker: its
-events tell the thread, and whether the turn had ended before.  That is enough for
-a task without a check; with one, only a result can say that it passed.
+else.  An attempt that had begun and has no result was killed with its worker, or there
+was no room for one: its events tell the thread, and whether the turn had ended before.
+That is enough for a task without a check; with one, only a result can say that it passed.
 
 Raises OSError when the host refuses.
 """
@@ -107,14 +107,20 @@ class Evidence:
         the last of it that is known."""
         begun, did = False, ""
         for number in range(task.launches, 0, -1):
-            lost = not durable.is_directory(place.attempt(self.dirs, task.id, number))
             reader = self._printed(task.id, number)
             # Cut off, it may have done more than it could tell.
-            begun |= lost or bool(reader.items_seen or (reader.turn_started and not reader.ended))
+            cut = reader.turn_started and not reader.ended
+            begun |= cut or reader.items_seen > 0 or self._is_untold(task.id, number)
             did = did or reader.did
             if did:
                 break
         return begun, did
+
+    def _is_untold(self, id: str, number: int) -> bool:
+        """Whether Codex may have run and nothing tells what it came to; of its events, a power
+        cut or a full disk may have left none."""
+        result = place.attempt(self.dirs, id, number) / "result.json"
+        return self.began(id, number) and not durable.is_there(result)
 
     def _printed(self, id: str, number: int) -> codex.Reader:
         """What Codex said in an attempt, as far as that can be read."""
@@ -129,22 +135,34 @@ class Evidence:
         return reader
 
     def _salvage(self, task: Task) -> Result:
-        """The worker was killed: what do the events say?"""
+        """The worker left no result: what do the events say?"""
         reader = self._printed(task.id, task.launches)
         thread = reader.thread or task.thread
         told, model = codex.spent(str(self.config.codex.home), thread) if thread else ({}, None)
         # Both are totals of the thread; after the last completed turn the rollout has more.
         usage = _counts(max(reader.usage, told, key=codex.tokens))
-        whole = reader.completed and reader.message and (not task.thread or task.thread == thread)
-        if whole and not self._has_check(task):
-            text = "the turn was complete when its worker was killed"
-            return Result(Outcome.DONE, text, thread, reader.message, usage=usage, model=model)
-        text = "the worker was killed in the middle of the turn"
-        if whole:
-            text = "the worker was killed before the task's check had passed"
+        outcome, text = self._came_to(task, reader)
         return Result(
-            Outcome.INTERRUPTED, text, thread, reader.message, usage=usage, model=model, ended=False
+            outcome, text, thread, reader.message, turned=reader.turn_started,
+            ended=outcome is not Outcome.INTERRUPTED, usage=usage, model=model,
         )  # fmt: skip
+
+    def _came_to(self, task: Task, reader: codex.Reader) -> tuple[Outcome, str]:
+        """A turn without a result; one that was complete is judged as its worker would have."""
+        text = "its worker ended without a result"
+        if not reader.turn_started:
+            return Outcome.INTERRUPTED, f"{text} before a turn is known to have begun"
+        if not (reader.completed and reader.message):
+            return Outcome.INTERRUPTED, f"{text} in the middle of the turn"
+        outcome, why = codex.judge(
+            reader, exit_status=0, stderr_head="", requested_thread=task.thread,
+            stop_reason=None, answer=reader.message,
+        )  # fmt: skip
+        if outcome is not Outcome.DONE:
+            return outcome, why
+        if self._has_check(task):
+            return Outcome.INTERRUPTED, f"{text} before the task's check had passed"
+        return outcome, f"the turn was complete when {text}"
 
     def _has_check(self, task: Task) -> bool:
         """Whether a complete turn is not enough; if that cannot be told, it is not."""

@@ -11,6 +11,7 @@ IDS: dict[str, str] = {
     "already.served": "77bc0c32a6ba41e88e88e063e9505c3f",
     "attempt.begun": "bee86d2c4f9d445080352b40d137f395",
     "attempt.ended": "8fd6950486594023ae68099d25294c39",
+    "attempt.untold": "ea90af956dc84e4bb98c9fb84e8548f4",
     "cannot.go.on": "070b03571bf84ead805a1e1e360587ba",
     "cannot.listen": "09520400002048e3b5ac885d8deca761",
     "codex.config": "3fb0af7ae971475b89b0c9cbcb225376",

@@ -24,7 +24,8 @@ import time
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
-from codexd import lock, orphans
+from codexd import exits, lock, orphans
+from codexd.exits import Ended
 from codexd.model import is_id
 
 PATIENCE = 10.0  # seconds for what cannot be killed; then it no longer takes a slot
@@ -58,6 +59,7 @@ class Processes:
         # id -> since when: workers of the daemon before, and what outlived its worker
         self._orphans = {id: time.monotonic() for id in found if is_id(id)}
         self._strays: dict[str, float] = {}
+        self._untold: set[str] = set()  # their worker could not write its result
         self._bereft = False  # a worker was killed: what it ran is our child now
         orphans.adopt()
 
@@ -83,6 +85,7 @@ class Processes:
             # Nothing of an attempt before is left; the next holder is not to be killed.
             self._orphans.pop(id, None)
             self._strays.pop(id, None)
+            self._untold.discard(id)
             self._children[id] = subprocess.Popen(
                 self.command(id),
                 stdin=self._alive,
@@ -102,6 +105,8 @@ class Processes:
                 del self._children[id]
                 self._strays[id] = time.monotonic()
                 self._bereft |= child.returncode != 0
+                if child.returncode == exits.UNTOLD:
+                    self._untold.add(id)
         for id, since in list(self._orphans.items()):
             if time.monotonic() - since >= self.grace:
                 self._strays[id] = self._orphans.pop(id)
@@ -171,11 +176,14 @@ class Processes:
                 child.kill()  # should it have closed the lock
                 child.wait()
 
-    def ended(self, id: str) -> None:
-        """No exit records: what ended a child is known by what it left behind."""
+    def ended(self, id: str) -> Ended | None:
+        """No exit records: what ended a child is known by what it left, if it could."""
+        if id not in self._untold:
+            return None
+        return Ended("exit-code", "exited", str(exits.UNTOLD), boot=exits.boot())
 
     def tidy(self, running: Set[str]) -> None:
-        """Nothing is kept."""
+        self._untold &= running
 
     def _path(self, id: str) -> Path:
         return self._locks / f"{id}.lock"

@@ -11,7 +11,7 @@ Whoever kills the worker before leaves an attempt that has not ended: the next
 one resumes the thread and begins with round 1 (`evidence` never takes a turn
 that was not verified for done).
 
-May fail with OSError when the result cannot be written.  Lean: the worker uses it.
+Raises Untold when the result, or what Codex says, cannot be written.  Lean: the worker uses it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 
 from codexd import cgroup, codex, durable, prompt, verify
 from codexd.outcome import Outcome
-from codexd.start import Halted, why_not
+from codexd.start import Halted, Untold, why_not
 from codexd.turn import Turn
 
 TYPE_CHECKING = False
@@ -62,7 +62,11 @@ class Rounds:
 
     def run(self, process: tuple[int, int, int]) -> Outcome:
         """From `process`, which is Codex in its first turn, to the result; its outcome."""
-        outcome, message = self._turn(self._watched(process))
+        try:
+            turn = self._watched(process)
+        except OSError as problem:
+            raise Untold(f"what Codex says could not be kept: {problem}") from problem
+        outcome, message = self._turn(turn)
         while self.wanted and outcome is Outcome.DONE:
             outcome, message = self._verify()
             if outcome is not Outcome.VERIFY or self.check is None or self._left() <= 0:
@@ -77,8 +81,8 @@ class Rounds:
         return self.turn.status
 
     def sweep(self) -> None:
-        """End what Codex's tools put into sessions of their own."""
-        self.turn.sweep()
+        """End what is left of Codex, and what its tools put into sessions of their own."""
+        Turn.sweep()
 
     def _pause(self, seconds: float) -> None:
         """Wait, and hear whether all has to stop meanwhile.  Raises Halted."""
@@ -145,7 +149,7 @@ class Rounds:
 
     def _verify(self) -> tuple[Outcome, str]:
         """Run the check; done if it passes."""
-        self.turn.sweep()  # what the turn left running must not disturb
+        self.sweep()  # what the turn left running must not disturb
         number = len(self.earlier) + 1
         for pause in _TRIES:
             try:

@@ -3,7 +3,7 @@
 Part of the worker.  Owns tasks/ID/N but for what Codex prints; `rounds` goes on from
 here.  Raises Unfit, ValueError, OSError or lock.Locked where Codex cannot be started,
 Unsafe where it must not be, and Halted where it should not be any more; `why_not` says
-what that comes to.
+what that comes to.  Untold where that cannot be written down.
 
 Leaner than lean: every task waits for it.
 """
@@ -34,6 +34,10 @@ class Unfit(Exception):
 
 class Unsafe(Exception):
     """No task can work here: Codex's sandbox does not, or does not hide what it must."""
+
+
+class Untold(Exception):
+    """What the attempt came to cannot be written down; the text says why."""
 
 
 class Halted(Exception):
@@ -242,7 +246,7 @@ class Attempt:
             self.held = thread
 
     def finish(self, outcome: str, message: str, **evidence: object) -> None:
-        """result.json: from here on the attempt has ended, whoever dies."""
+        """result.json: from here on the attempt has ended, whoever dies.  Raises Untold."""
         from codexd import clock
 
         result = {
@@ -256,7 +260,11 @@ class Attempt:
             "notes": self.notes,
             "memory_note": self.memory_note,
         }
-        durable.write_json(self.path("result.json"), {**result, **evidence})
+        path = self.path("result.json")
+        try:
+            durable.write_json(path, {**result, **evidence})
+        except OSError as problem:
+            raise Untold(f"{path} could not be written: {problem.strerror}") from problem
 
 
 def _resolved(path: str) -> tuple[str, str]:

@@ -24,7 +24,7 @@ import os
 import stat
 import sys
 
-from codexd.start import Attempt, Unsafe, why_not
+from codexd.start import Attempt, Unsafe, Untold, why_not
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,12 +44,10 @@ def perform(attempt: Attempt) -> int:
             _manager()
             return 0
         process = attempt.begin()
+    except Untold as problem:
+        return _untold(attempt, problem, _manager())
     except Exception as problem:
-        outcome, message = why_not(problem)
-        attempt.finish(outcome, message, gate=isinstance(problem, Unsafe))
-        _ring()
-        attempt.log(_manager(), "attempt.ended", outcome=outcome, why=message)
-        return 0
+        return _not_begun(attempt, problem)
     from codexd.child import Halt
     from codexd.rounds import Rounds
 
@@ -57,11 +55,39 @@ def perform(attempt: Attempt) -> int:
     manager = _manager()
     attempt.log(manager, "attempt.begun", pid=process[0])
     rounds = Rounds(attempt, halt, manager)
-    outcome = rounds.run(process)
-    _ring()
-    attempt.log(manager, "attempt.ended", outcome=outcome, status=rounds.status)
-    rounds.sweep()
+    try:
+        outcome = rounds.run(process)
+        _ring()
+        attempt.log(manager, "attempt.ended", outcome=outcome, status=rounds.status)
+    except Untold as problem:
+        return _untold(attempt, problem, manager)
+    finally:
+        rounds.sweep()
     return STOPPED if outcome.value == "interrupted" else 0
+
+
+def _not_begun(attempt: Attempt, problem: Exception) -> int:
+    outcome, message = why_not(problem)
+    try:
+        attempt.finish(outcome, message, gate=isinstance(problem, Unsafe))
+    except Untold as lost:
+        return _untold(attempt, lost, _manager())
+    _ring()
+    attempt.log(_manager(), "attempt.ended", outcome=outcome, why=message)
+    return 0
+
+
+def _untold(attempt: Attempt, problem: Untold, manager: Service | None) -> int:
+    """Say in one line what the result cannot; our exit status, which says it to the master."""
+    from codexd.exits import UNTOLD
+
+    attempt.log(manager, "attempt.untold", why=problem)
+    if manager is None:
+        try:
+            os.write(2, f"codexd-worker: {problem}\n".encode("utf-8", "replace"))
+        except OSError:
+            pass  # a log on the same disk
+    return UNTOLD
 
 
 def _manager() -> Service | None:

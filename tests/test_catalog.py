@@ -18,7 +18,7 @@ CATALOG = Path(__file__).resolve().parent.parent / "systemd" / "codexd.catalog"
 ID = "20261123t072011-k3f9qa7x2m"
 # Events that are always logged with a task, whose texts may name it.
 OF_A_TASK = {e for e in messages.IDS if e.startswith("task.")} | {
-    "worker.refused", "attempt.begun", "attempt.ended", "workdir.shared",
+    "worker.refused", "attempt.begun", "attempt.ended", "attempt.untold", "workdir.shared",
 }  # fmt: skip
 
 

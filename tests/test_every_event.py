@@ -73,7 +73,7 @@ class Halting(CaseModel):
         if not halt:
             return super()._play(turn)
         name, at = halt[1], int(halt[2])
-        # Killed early, the next attempt is in a new thread, and not told of the one before.
+        # Killed early, the next attempt is in a new thread, and may not be told of the one before.
         if "An earlier attempt" in turn.prompt or name in self.killed:
             return [message(f"resumed {name}"), completed()]
         if at == 0:
@@ -154,7 +154,7 @@ LAST = {
     "completed, codex": ("turn.completed", "codex", "", "signal", "killed by signal 9", 2),
     "completed, unchecked": (
         "turn.completed", "worker", "verify: {command: 'true', rounds: 1}", "interrupted",
-        "killed before the task's check had passed", 1,
+        "before the task's check had passed", 1,
     ),
     "updated, worker": ("item.updated", "worker", "", "interrupted", "in the middle of the tur", 1),
     "updated, codex": ("item.updated", "codex", "", "signal", "killed by signal 9", 2),

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from codexd import config, lock, spool
+from codexd import config, exits, lock, spool
 from codexd.config import Directories
 from codexd.launcher import NoLauncher, choose
 from codexd.master import STOP, Master
+from codexd.outcome import Outcome
 from codexd.processes import Processes
 from codexd.service import Service
 
@@ -231,6 +232,29 @@ def test_many_starts_leave_nothing(launcher: Scripted) -> None:
 
 
 # --- ending -----------------------------------------------------------------------
+
+
+def test_a_worker_that_had_no_room_for_its_result_says_so(launcher: Scripted) -> None:
+    """As long as its task is running: what follows may not be written at once, either."""
+    launcher.begin(ID, f"say('ready'); sys.exit({exits.UNTOLD})")
+    launcher.begin(OTHER, "say('ready'); sys.exit(1)")
+    until(lambda: not launcher.active(), "they are gone")
+    for _ in range(2):
+        launcher.tidy({ID, OTHER})
+        ended = launcher.ended(ID)
+        assert ended
+        assert exits.outcome(ended, exits.boot())[0] is Outcome.HOST
+    assert launcher.ended(OTHER) is None
+    launcher.tidy({OTHER})
+    assert launcher.ended(ID) is None
+
+
+def test_it_says_nothing_of_the_next_attempt(launcher: Scripted) -> None:
+    launcher.begin(ID, f"say('ready'); sys.exit({exits.UNTOLD})")
+    until(lambda: not launcher.active(), "it is gone")
+    launcher.ready(ID).unlink()
+    launcher.begin(ID, WORKS)
+    assert launcher.ended(ID) is None
 
 
 def test_stop_asks(launcher: Scripted) -> None:

@@ -21,6 +21,7 @@ import pytest
 
 from codexd import clock, config, exits, place, spool, transcript
 from codexd.directories import Directories
+from codexd.evidence import Result
 from codexd.exits import Ended
 from codexd.finish import Finish, Finished
 from codexd.ledger import Ledger
@@ -29,8 +30,9 @@ from codexd.outcome import Outcome
 from codexd.spend import Spend
 from tests.daemon import PYTHON, Daemon, read_answer, until
 from tests.processes import codex_of, commands, gone, kill, worker_of
+from tests.recordings import RECORDINGS
 from tests.scripted_cases import CaseModel
-from tests.test_failures import CONFIG, Seen, id_of, prepared
+from tests.test_failures import BEGUN, CONFIG, Seen, id_of, prepared
 
 pytestmark = pytest.mark.xdist_group("recovery")
 
@@ -201,7 +203,7 @@ def test_interrupted_again_and_again_a_task_has_failed(daemon: Daemon, model: Ca
         kill(worker_of(task.id))
     front, _ = daemon.answer("poison")
     assert (front["state"], front["outcome"]) == ("failed", "interrupted")
-    assert front["message"] == "the worker was killed in the middle of the turn"
+    assert front["message"] == "its worker ended without a result in the middle of the turn"
     gone(task.id)
 
 
@@ -221,6 +223,38 @@ def test_a_host_that_cannot_start_workers_gets_time(daemon: Daemon, model: CaseM
     )
     assert daemon.json("task", "show", id)["attempts"] == 1
     assert "host" not in daemon.json("status")["gate"]
+
+
+NO_ROOM = """#!/bin/sh
+# The first turn's worker finds a directory where it wants to write its result.
+at=$(dirname "$(readlink /proc/self/fd/0)")
+[ "$1" != exec ] || [ "${at##*/}" != 1 ] || mkdir "$at/.result.json.$PPID.tmp"
+exec "$FAKE" "$@"
+"""
+
+
+@pytest.mark.parametrize(("mode", "attempts"), [("answer", 1), ("no-terminal,answer", 2)])
+def test_no_room_for_a_result_is_the_hosts_fault(tmp_path: Path, mode: str, attempts: int) -> None:
+    """It was no kill, after which the turn would be run again at once; what is done is done."""
+    codex = tmp_path / "codex"
+    codex.write_text(NO_ROOM.replace("$FAKE", str(FAKE)))
+    codex.chmod(0o755)
+    one = Daemon(tmp_path / "root", config=f"codex:\n  bin: {codex}\n{CONFIG}")
+    (one.dirs.codex_home / "fake.json").write_text(json.dumps({"mode": mode}))
+    with one:
+        one.drop("t.md", "Do it.")
+        front, _ = one.answer("t", 60)
+        assert (front["outcome"], front["attempts"]) == ("done", attempts), front
+        waits = [line for line in one.events() if "**waiting**" in line]
+        if attempts == 1:
+            assert front["message"].startswith("the turn was complete when its worker ended")
+            assert not waits
+        else:
+            (told,) = waits
+            assert 'reason="host"' in told
+            assert "its worker could not write its result" in told
+        assert one.log.read_text().count("result.json could not be written") == 1
+        assert "Traceback" not in one.log.read_text()
 
 
 # --- what is made of what an attempt left -------------------------------------------------
@@ -291,6 +325,48 @@ def test_whether_a_killed_worker_had_to_check_is_not_guessed(
     assert one.finish.evidence.result(one.task).outcome is Outcome.INTERRUPTED
     (one.at / "attempt.json").write_text('{"verify": null}')
     assert one.finish.evidence.result(one.task).outcome is Outcome.DONE
+
+
+def ended_in(one: Judge, events: bytes) -> Result:
+    """What is made of an attempt that Codex said this in, and that left no result."""
+    (one.at / "started").touch()
+    (one.at / "attempt.json").write_text('{"verify": null}')
+    (one.at / "events.jsonl").write_bytes(events)
+    return one.finish.evidence.result(one.task)
+
+
+def test_a_conversation_that_was_not_kept_is_not_done(tmp_path: Path) -> None:
+    """The disk was full for Codex, and then for the worker's own result."""
+    events = RECORDINGS["home_disk_full_200k"].stdout
+    found = ended_in(Judge(tmp_path), events)
+    assert found.outcome is Outcome.HOST
+    assert "Failed to save the conversation transcript" in found.message
+
+
+@pytest.mark.parametrize(("text", "outcome"), [("yes", Outcome.DONE), (" \n", Outcome.NO_ANSWER)])
+def test_a_turn_without_a_result_is_judged_as_its_worker_would(
+    tmp_path: Path, text: str, outcome: Outcome
+) -> None:
+    said = {"type": "agent_message", "id": "i", "text": text}
+    events = [{"type": "item.completed", "item": said}, {"type": "turn.completed", "usage": {}}]
+    told = "".join(f"{json.dumps(e)}\n" for e in events).encode()
+    assert ended_in(Judge(tmp_path), told).outcome is outcome
+
+
+@pytest.mark.parametrize(
+    ("left", "acted"),
+    [([], False), (["started"], True), (["started", "result.json"], False), (None, True)],
+)
+def test_an_attempt_without_a_result_may_have_acted(
+    tmp_path: Path, left: list[str] | None, acted: bool
+) -> None:
+    """Its events may have been lost: on a full disk, and in a power cut."""
+    one = Judge(tmp_path)
+    for name in left or []:
+        (one.at / name).write_text('{"outcome": "quota"}')
+    if left is None:
+        one.at.rmdir()
+    assert one.finish.evidence.acted(one.task) == (acted, "")
 
 
 def test_the_exit_record_says_who_ended_a_turn(tmp_path: Path) -> None:
@@ -452,6 +528,10 @@ def test_every_moment_of_a_crash(daemon: Daemon, model: CaseModel) -> None:
     assert daemon.answer("accepted")[0]["id"] == ids["accepted"]
     assert daemon.answer("stored")[0]["id"] == ids["stored"]
     assert daemon.answer("named")[0]["thread"] != UNKNOWN_THREAD
+    # which of them may have been at work is known, also where nothing tells of it
+    for name in ("ordered", "started", "named"):
+        (turn,) = model.asked(f"[[say {name}]]")
+        assert (BEGUN in turn.prompt) == (name != "ordered"), name
     for name in ended:
         shown = daemon.json("session", "show", f"s-{name}")
         assert (shown["tasks"], shown["usage"]["input_tokens"]) == (1, 100)

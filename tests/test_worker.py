@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from codexd.exits import UNTOLD
 from codexd.model import Request
 from codexd.processes import Processes
 from codexd.worker import STOPPED
 from tests.daemon import uncovered, until
+from tests.processes import codex_of, kill
 
 ID = "20261123t072011-k3f9qa7x2m"
 FAKE = Path(__file__).parent / "bin" / "codex"
@@ -256,6 +258,76 @@ def test_it_rings_when_the_result_is_there(tmp_path: Path) -> None:
     assert place.result()["outcome"] == "done"
     worker.stdout.close()
     assert worker.wait(15) == 0
+
+
+def in_the_way(place: Place) -> Path:
+    """A Codex that makes what keeps its worker from writing a result, and goes on as the fake."""
+    made = place.root / "codex"
+    aside = f"{place.attempt}/.result.json.$PPID.tmp"
+    made.write_text(f'#!/bin/sh\ntest "$1" != exec || mkdir -p "{aside}"\nexec "{FAKE}" "$@"\n')
+    made.chmod(0o755)
+    orders = json.loads((place.attempt / "attempt.json").read_text())
+    (place.attempt / "attempt.json").write_text(json.dumps({**orders, "bin": str(made)}))
+    return made
+
+
+@pytest.mark.parametrize("mode", ["answer", "no-terminal"])
+def test_a_result_that_cannot_be_written_is_told_in_one_line(tmp_path: Path, mode: str) -> None:
+    place = Place(tmp_path)
+    in_the_way(place)
+    worker = place.start(mode, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    _, told = worker.communicate(timeout=30)
+    path = place.attempt / "result.json"
+    assert told == f"codexd-worker: {path} could not be written: Is a directory\n"
+    assert worker.returncode == UNTOLD
+    assert not path.exists()
+
+
+def test_as_a_unit_the_journal_is_told_of_it(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    in_the_way(place)
+    env = {**os.environ, "CODEX_FAKE_MODE": "answer", "NOTIFY_SOCKET": f"{tmp_path}/none"}
+    command = [sys.executable, "-m", "codexd.worker", "--tasks", str(place.tasks), ID]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
+    *_, last = done.stderr.splitlines()
+    assert f" attempt.untold task={ID} attempt=1 why=" in last
+    assert (done.returncode, "Traceback" in done.stderr) == (UNTOLD, False)
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_so_it_is_before_codex_has_begun(tmp_path: Path, probe: bool) -> None:
+    """No file may have a byte: as on a full disk."""
+    place = Place(tmp_path, probe=probe)
+    command = ["prlimit", "--fsize=0", *place.command()]
+    env = {**os.environ, "CODEX_FAKE_MODE": "answer"}
+    done = subprocess.run(
+        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == UNTOLD
+    assert done.stderr.endswith("result.json could not be written: File too large\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_log_on_a_full_disk_does_not_change_what_it_says(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    in_the_way(place)
+    with open("/dev/full", "w") as full:
+        worker = place.start("answer", stdin=subprocess.DEVNULL, stderr=full)
+        assert worker.wait(30) == UNTOLD
+
+
+def test_a_codex_that_cannot_be_watched_is_ended(tmp_path: Path) -> None:
+    """It has begun, and there is no room for what it says."""
+    place = Place(tmp_path)
+    (place.attempt / "events.jsonl").mkdir()
+    worker = place.start("hang-turn", stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        _, told = worker.communicate(timeout=30)
+        assert f"Is a directory: '{place.attempt}/events.jsonl'" in told
+        assert (worker.returncode, told.count("\n")) == (UNTOLD, 1)
+        assert not codex_of(ID)
+    finally:
+        kill(codex_of(ID))
 
 
 @pytest.mark.parametrize("args", [[], ["a", "b"], ["../x"], ["--tasks", "x"]])
