@@ -66,7 +66,7 @@ class Attempts:
         self.wake_at: dict[str, float] = {}
         self._stop_at: dict[str, float] = {}  # those cancelled: when to stop them, once more
         self.aside = Aside(keeper, error)
-        self.beside = Beside(self.dirs, ledger.book.tasks, warn)
+        self.beside = Beside(self.dirs, ledger.book.tasks, warn, refused)
         # Tasks that were let through a closed gate, and what they are to find out.
         self.probing: dict[str, frozenset[str]] = {}
         self.waits = Waits(ledger, finish, record, refused)
@@ -133,7 +133,12 @@ class Attempts:
         return stopped and task.id in self.launcher.active()
 
     def _has_result(self, task: Task) -> bool:
-        return durable.is_there(place.attempt(self.dirs, task.id, task.launches) / "result.json")
+        path = place.attempt(self.dirs, task.id, task.launches) / "result.json"
+        try:
+            return durable.is_there(path)
+        except OSError as error:
+            self.refused(error, task=task.id, session=task.session)
+            return False
 
     def _after(self, one: Finished, now: float) -> None:
         probed = self.probing.pop(one.event.id, frozenset())
@@ -187,9 +192,12 @@ class Attempts:
         """The model has answered one: the others need not wait until its turn has ended."""
         for id, held in list(self.probing.items()):
             task = self.ledger.book.tasks.get(id)
-            if task and task.state is State.RUNNING and self.finish.evidence.answered(task):
-                del self.probing[id]
-                self.keeper.passed(held, id)
+            try:
+                if task and task.state is State.RUNNING and self.finish.evidence.answered(task):
+                    self.keeper.passed(held, id)
+                    del self.probing[id]
+            except OSError as error:
+                self.refused(error, task=id)
 
     def _ordered(self, task: Task) -> Event | None:
         """The event that begins its attempt; None while a file of its own is in the way."""
