@@ -1136,6 +1136,33 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
     assert refused(tmp_path, "--config", str(file)) == (77, text + 'Permission denied"')
 
 
+def test_a_month_of_the_archive_that_cannot_be_read(tmp_path: Path) -> None:
+    """Live tasks of that month run.  One that lies there, because the line of its end was
+    damaged, does not, and keeps its answer."""
+    daemon = Mortal(tmp_path / "root")
+    lost = f"{NOBODY[:-1]}1"
+    month = daemon.dirs.archive / "2026-01"
+    for id in (NOBODY, lost):
+        daemon.left(id, at=AT)
+    month.mkdir()
+    told = {"id": lost, "state": "done", "outcome": "done"}
+    (daemon.dirs.tasks / lost / "status.json").write_text(json.dumps(told))
+    (daemon.dirs.tasks / lost).rename(month / lost)
+    answer = daemon.dirs.answers / f"{lost}.md"
+    answer.write_text("what it said")
+    month.chmod(0)
+    with daemon:
+        until((daemon.dirs.answers / f"{NOBODY}.md").exists, "the answer of the live one")
+        until(lambda: f"task={lost} what=" in daemon.log.read_text(), "the other to be told")
+        month.chmod(0o750)
+        until((month / NOBODY / "status.json").exists, "it is moved")
+        daemon.stop()
+        daemon.start()
+        assert {t["state"] for t in daemon.tasks()} == {"done"}
+        assert answer.read_text() == "what it said"
+        until(lambda: daemon.health()["status"] == "ok", "the end of trouble")
+
+
 # --- a host that refuses while we serve -----------------------------------------------------------
 
 
