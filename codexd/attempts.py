@@ -88,7 +88,10 @@ class Attempts:
         self.finish.spend.save()  # before the ledger: what it has is not judged again
         self.record([f.event for f in finished])
         for one in finished:
-            self._after(one, now)
+            try:
+                self._after(one, now)
+            except OSError as error:  # no room to say that the gate opens: the next one does
+                self.refused(error, task=one.event.id)
 
     def _stop(self, cancelled: list[Task], now: float) -> None:
         """Stop what was cancelled and still works.
@@ -142,6 +145,9 @@ class Attempts:
 
     def _after(self, one: Finished, now: float) -> None:
         probed = self.probing.pop(one.event.id, frozenset())
+        self.aside.met(one.outcome, one.message)
+        if one.delay:
+            self.wake_at[one.event.id] = now + one.delay
         if one.close:
             self.keeper.met(one.outcome, one.message, one.profile, one.at)
         elif one.outcome in ANSWERED:
@@ -149,9 +155,6 @@ class Attempts:
             self.keeper.passed(probed, one.event.id)
         if one.ran and not (one.close and one.outcome is Outcome.HOST):
             self.keeper.open(Outcome.HOST.value, one.event.id)
-        self.aside.met(one.outcome, one.message)
-        if one.delay:
-            self.wake_at[one.event.id] = now + one.delay
 
     def awake(self, now: float) -> None:
         """Tasks whose pause is over, or that waited for what has come, go to the queue."""
@@ -183,8 +186,8 @@ class Attempts:
         chosen = dispatch.ready(tasks, gate, self.config.workers, active, apart)
         events = [e for e in map(self._ordered, chosen) if e]
         begun = {e.id for e in events if e.kind is Kind.RUNNING}
-        self.probing |= {t.id: held for t in chosen if t.id in begun and (held := gate.held(t))}
         self.record(events)
+        self.probing |= {t.id: held for t in chosen if t.id in begun and (held := gate.held(t))}
         self.launcher.start([e.id for e in events if e.id in begun], self.orders.limits)
         self.orders.limits.clear()
 
