@@ -6,7 +6,8 @@ are on disk.  One whose task was cancelled, says the ledger, is stopped until it
 An attempt is judged at once when its result is there, for Codex ended before that,
 and without a result only when nothing of it lives.
 
-May fail: what the host refuses is told, and done again in the next round.
+May fail: what the host refuses is told, and done again in the next round.  A task whose
+attempt it does not let begin lets others go first, and is tried again from time to time.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from codexd.waits import Waits
 _DATA = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
 
 Record = Callable[[list[Event]], None]
+RETRY = 3.0  # seconds until one more of those that could not begin is tried again
 _AGAIN = 5.0  # seconds after which what was cancelled and still works is stopped again
 
 
@@ -70,6 +72,9 @@ class Attempts:
         # Tasks that were let through a closed gate, and what they are to find out.
         self.probing: dict[str, frozenset[str]] = {}
         self.waits = Waits(ledger, finish, record, refused)
+        # Tasks whose attempt the host did not let begin, and why; tried longest ago, first.
+        self._late: dict[str, OSError] = {}
+        self._retry_at = 0.0
 
     # --- attempts that ended ------------------------------------------------------
 
@@ -182,9 +187,10 @@ class Attempts:
         self._look_at_probes()
         gate = self.keeper.gate(now, frozenset().union(*self.probing.values()))
         apart = not self.config.workdir_sharing
-        tasks = self.ledger.book.tasks.values()
-        chosen = dispatch.ready(tasks, gate, self.config.workers, active, apart)
-        events = [e for e in map(self._ordered, chosen) if e]
+        tasks, slots = self.ledger.book.tasks.values(), self.config.workers
+        skip = self._skipped(now, free=len(active) < slots)
+        chosen = dispatch.ready(tasks, gate, slots, active, apart, skip)
+        events = [e for e in (self._ordered(task, now) for task in chosen) if e]
         begun = {e.id for e in events if e.kind is Kind.RUNNING}
         self.record(events)
         self.probing |= {t.id: held for t in chosen if t.id in begun and (held := gate.held(t))}
@@ -202,13 +208,33 @@ class Attempts:
             except OSError as error:
                 self.refused(error, task=id)
 
-    def _ordered(self, task: Task) -> Event | None:
+    def _skipped(self, now: float, free: bool) -> set[str]:
+        """Those that could not begin, but for the one whose turn it is to be tried again:
+        at the head of the queue they would take the slot from all behind them."""
+        tasks = self.ledger.book.tasks
+        for id in [i for i in self._late if i not in tasks or tasks[i].state is not State.QUEUED]:
+            del self._late[id]
+        for id, error in self._late.items():
+            self.refused(error, task=id, session=tasks[id].session)
+        skip = set(self._late)
+        if skip and free and now >= self._retry_at:
+            id = next(iter(self._late))
+            self._late[id] = self._late.pop(id)
+            skip.remove(id)
+        return skip
+
+    def _ordered(self, task: Task, now: float) -> Event | None:
         """The event that begins its attempt; None while a file of its own is in the way."""
         try:
-            return self._begun(task)
+            event = self._begun(task)
         except OSError as error:
             self.refused(error, task=task.id, session=task.session)
+            self._late[task.id] = error.with_traceback(None)  # which would keep all it knew
+            self._retry_at = now + RETRY
             return None
+        if task.id in self._late:
+            self._late.clear()  # what was in its way was in the way of others, as a rule
+        return event
 
     def _begun(self, task: Task) -> Event:
         try:

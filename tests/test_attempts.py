@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from codexd import clock, config, place, spool
-from codexd.attempts import Attempts
+from codexd.attempts import RETRY, Attempts
 from codexd.finish import Finish
 from codexd.gate import Keeper
 from codexd.ledger import Ledger, LedgerFull
@@ -105,6 +105,9 @@ class Round:
             self.fills = False
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
+    def end(self, number: int) -> None:
+        self.ledger.append([move(number, Kind.DONE, outcome="done")])
+
     def left(self, number: int, **result: object) -> None:
         """The result of its first attempt."""
         attempt = self.dirs.tasks / ident(number) / "1"
@@ -139,3 +142,54 @@ def test_what_follows_from_an_end_is_done_for_all_although_the_disk_is_full(
     assert list(one.ledger.book.tasks) == [ident(2)]
     assert one.refused == [ident(1), ident(2)]
     assert one.keeper.closed.keys() == {"host", "quota"}
+
+
+@pytest.mark.parametrize("gate", ["open", "closed"])
+def test_who_cannot_be_ordered_gives_its_place_to_the_next(tmp_path: Path, gate: str) -> None:
+    """A backup was restored by root: the tasks that come first are not codexd's."""
+    first = [queued(n, priority=9, session=f"s{n}") for n in (1, 2)]
+    one = Round(tmp_path, *first, queued(3, session="s1"), queued(4), workers=1)
+    if gate == "closed":
+        one.keeper.met(Outcome.QUOTA, "Quota exceeded.")
+        one.keeper.release()
+    for number in (1, 2):
+        (one.dirs.tasks / ident(number) / "1").touch()  # in the way of its attempt
+    now = clock.steady()
+    for _ in range(3):
+        one.attempts.dispatch(now)
+    assert one.launcher.ids == [ident(4)], "and nothing of their sessions"
+    assert set(one.refused[-2:]) == {ident(1), ident(2)}, "told as long as it is so"
+
+
+def test_who_could_not_be_ordered_is_tried_again_in_its_turn(tmp_path: Path) -> None:
+    many = [queued(n, priority=9 - n) for n in range(6)]
+    one = Round(tmp_path, *many, workers=1)
+    ways = [one.dirs.tasks / ident(n) / "1" for n in range(5)]
+    for way in ways:
+        way.touch()
+    now = clock.steady()
+    for _ in range(6):
+        one.attempts.dispatch(now)
+    assert one.launcher.ids == [ident(5)]
+    one.end(5)
+    ways[3].unlink()
+    for later in range(1, 5):  # each costs the others one round
+        assert one.launcher.ids == [ident(5)]
+        one.attempts.dispatch(now + later * RETRY)
+    assert one.launcher.ids == [ident(5), ident(3)]
+    # What was in the way of one was in the way of others: they need not wait for their turns.
+    one.end(3)
+    ways[0].unlink()
+    one.attempts.dispatch(now + 4 * RETRY)
+    assert one.launcher.ids[2:] == [ident(0)]
+
+
+def test_of_those_that_could_not_be_ordered_the_ended_are_forgotten(tmp_path: Path) -> None:
+    one = Round(tmp_path, queued(1))
+    way = one.dirs.tasks / ident(1) / "1"
+    way.touch()
+    one.attempts.dispatch(clock.steady())
+    one.ledger.append([move(1, Kind.CANCELLED, outcome="cancelled")])
+    one.refused.clear()
+    one.attempts.dispatch(clock.steady())
+    assert one.refused == []
