@@ -59,10 +59,9 @@ class Round:
         self.config = replace(read, codex=replace(read.codex, bin=str(FAKE)), **settings)
         spool.prepare(self.dirs)
         self.ledger = Ledger(self.dirs.ledger, self.dirs.checkpoint)
-        for number in range(200):  # what else is written is less than the ledger
-            facts = {"file": f"{number}.md", "reason": "x" * 200, "id": ident(9)}
-            self.ledger.append([Event(AT, Note.REJECTED, facts=facts)])
-        self.ledger.append(list(events))
+        facts = {"file": "large.md", "reason": "x" * 200, "id": ident(9)}
+        more = [Event(AT, Note.REJECTED, facts=facts)] * 200  # no other file is as large
+        self.ledger.append([*more, *events])
         for id in self.ledger.book.tasks:
             (self.dirs.tasks / id).mkdir()
             place.store(self.dirs, id, {"id": id, "request": Request("x").to_json()})
@@ -193,3 +192,15 @@ def test_of_those_that_could_not_be_ordered_the_ended_are_forgotten(tmp_path: Pa
     one.refused.clear()
     one.attempts.dispatch(clock.steady())
     assert one.refused == []
+
+
+def test_what_a_task_came_to_is_not_written_over(tmp_path: Path) -> None:
+    """It lies in the archive, which could not be read at the start."""
+    one = Round(tmp_path, queued(1))
+    there = place.archived(one.dirs, ident(1))
+    there.parent.mkdir()
+    (one.dirs.tasks / ident(1)).rename(there)
+    one.attempts.dispatch(clock.steady())
+    assert one.refused == [ident(1)]
+    assert not list(one.dirs.answers.iterdir())
+    assert not (one.dirs.tasks / ident(1)).exists()
