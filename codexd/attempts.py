@@ -6,7 +6,8 @@ are on disk.  One whose task was cancelled, says the ledger, is stopped until it
 An attempt is judged at once when its result is there, for Codex ended before that,
 and without a result only when nothing of it lives.
 
-May fail: what the host refuses is told, and done again in the next round.
+May fail: what the host refuses is told, and done again in the next round.  A task whose
+attempt it does not let begin lets others go first, and is tried again from time to time.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from codexd.waits import Waits
 _DATA = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
 
 Record = Callable[[list[Event]], None]
+RETRY = 3.0  # seconds until one more of those that could not begin is tried again
 _AGAIN = 5.0  # seconds after which what was cancelled and still works is stopped again
 
 
@@ -66,10 +68,13 @@ class Attempts:
         self.wake_at: dict[str, float] = {}
         self._stop_at: dict[str, float] = {}  # those cancelled: when to stop them, once more
         self.aside = Aside(keeper, error)
-        self.beside = Beside(self.dirs, ledger.book.tasks, warn)
+        self.beside = Beside(self.dirs, ledger.book.tasks, warn, refused)
         # Tasks that were let through a closed gate, and what they are to find out.
         self.probing: dict[str, frozenset[str]] = {}
         self.waits = Waits(ledger, finish, record, refused)
+        # Tasks whose attempt the host did not let begin, and why; tried longest ago, first.
+        self._late: dict[str, OSError] = {}
+        self._retry_at = 0.0
 
     # --- attempts that ended ------------------------------------------------------
 
@@ -88,7 +93,10 @@ class Attempts:
         self.finish.spend.save()  # before the ledger: what it has is not judged again
         self.record([f.event for f in finished])
         for one in finished:
-            self._after(one, now)
+            try:
+                self._after(one, now)
+            except OSError as error:  # no room to say that the gate opens: the next one does
+                self.refused(error, task=one.event.id)
 
     def _stop(self, cancelled: list[Task], now: float) -> None:
         """Stop what was cancelled and still works.
@@ -133,10 +141,18 @@ class Attempts:
         return stopped and task.id in self.launcher.active()
 
     def _has_result(self, task: Task) -> bool:
-        return durable.is_there(place.attempt(self.dirs, task.id, task.launches) / "result.json")
+        path = place.attempt(self.dirs, task.id, task.launches) / "result.json"
+        try:
+            return durable.is_there(path)
+        except OSError as error:
+            self.refused(error, task=task.id, session=task.session)
+            return False
 
     def _after(self, one: Finished, now: float) -> None:
         probed = self.probing.pop(one.event.id, frozenset())
+        self.aside.met(one.outcome, one.message)
+        if one.delay:
+            self.wake_at[one.event.id] = now + one.delay
         if one.close:
             self.keeper.met(one.outcome, one.message, one.profile, one.at)
         elif one.outcome in ANSWERED:
@@ -144,9 +160,6 @@ class Attempts:
             self.keeper.passed(probed, one.event.id)
         if one.ran and not (one.close and one.outcome is Outcome.HOST):
             self.keeper.open(Outcome.HOST.value, one.event.id)
-        self.aside.met(one.outcome, one.message)
-        if one.delay:
-            self.wake_at[one.event.id] = now + one.delay
 
     def awake(self, now: float) -> None:
         """Tasks whose pause is over, or that waited for what has come, go to the queue."""
@@ -174,12 +187,13 @@ class Attempts:
         self._look_at_probes()
         gate = self.keeper.gate(now, frozenset().union(*self.probing.values()))
         apart = not self.config.workdir_sharing
-        tasks = self.ledger.book.tasks.values()
-        chosen = dispatch.ready(tasks, gate, self.config.workers, active, apart)
-        events = [e for e in map(self._ordered, chosen) if e]
+        tasks, slots = self.ledger.book.tasks.values(), self.config.workers
+        skip = self._skipped(now, free=len(active) < slots)
+        chosen = dispatch.ready(tasks, gate, slots, active, apart, skip)
+        events = [e for e in (self._ordered(task, now) for task in chosen) if e]
         begun = {e.id for e in events if e.kind is Kind.RUNNING}
-        self.probing |= {t.id: held for t in chosen if t.id in begun and (held := gate.held(t))}
         self.record(events)
+        self.probing |= {t.id: held for t in chosen if t.id in begun and (held := gate.held(t))}
         self.launcher.start([e.id for e in events if e.id in begun], self.orders.limits)
         self.orders.limits.clear()
 
@@ -187,17 +201,40 @@ class Attempts:
         """The model has answered one: the others need not wait until its turn has ended."""
         for id, held in list(self.probing.items()):
             task = self.ledger.book.tasks.get(id)
-            if task and task.state is State.RUNNING and self.finish.evidence.answered(task):
-                del self.probing[id]
-                self.keeper.passed(held, id)
+            try:
+                if task and task.state is State.RUNNING and self.finish.evidence.answered(task):
+                    self.keeper.passed(held, id)
+                    del self.probing[id]
+            except OSError as error:
+                self.refused(error, task=id)
 
-    def _ordered(self, task: Task) -> Event | None:
+    def _skipped(self, now: float, free: bool) -> set[str]:
+        """Those that could not begin, but for the one whose turn it is to be tried again:
+        at the head of the queue they would take the slot from all behind them."""
+        tasks = self.ledger.book.tasks
+        for id in [i for i in self._late if i not in tasks or tasks[i].state is not State.QUEUED]:
+            del self._late[id]
+        for id, error in self._late.items():
+            self.refused(error, task=id, session=tasks[id].session)
+        skip = set(self._late)
+        if skip and free and now >= self._retry_at:
+            id = next(iter(self._late))
+            self._late[id] = self._late.pop(id)
+            skip.remove(id)
+        return skip
+
+    def _ordered(self, task: Task, now: float) -> Event | None:
         """The event that begins its attempt; None while a file of its own is in the way."""
         try:
-            return self._begun(task)
+            event = self._begun(task)
         except OSError as error:
             self.refused(error, task=task.id, session=task.session)
+            self._late[task.id] = error.with_traceback(None)  # which would keep all it knew
+            self._retry_at = now + RETRY
             return None
+        if task.id in self._late:
+            self._late.clear()  # what was in its way was in the way of others, as a rule
+        return event
 
     def _begun(self, task: Task) -> Event:
         try:

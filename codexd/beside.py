@@ -8,7 +8,8 @@ directory, so that it is said after a restart as well.
 A task may have changed something when Codex ran a command, an edit or a tool for it,
 in a sandbox that lets it write.  Directories are compared by their names.
 
-Raises OSError.
+Raises OSError for what is the ended task's own.  What another left and nobody can read
+keeps no answer back: it may have changed something.
 """
 
 from __future__ import annotations
@@ -31,20 +32,34 @@ class Beside:
     """Looks at tasks that end."""
 
     def __init__(
-        self, dirs: Directories, tasks: Mapping[str, Task], told: Callable[..., None]
+        self,
+        dirs: Directories,
+        tasks: Mapping[str, Task],
+        told: Callable[..., None],
+        refused: Callable[..., None],
     ) -> None:
-        """`tasks` are the live ones; `told` is the master's log of warnings."""
+        """`tasks` are the live ones; `told` is the master's log of warnings, `refused` is
+        told what the host would not do."""
         self.dirs = dirs
         self.tasks = tasks
         self.told = told
+        self.refused = refused
 
     def look(self, task: Task) -> None:
         """Note what a running task whose attempt has ended, and others, must say."""
         others = [t for t in self.tasks.values() if t.id != task.id and _meet(t, task)]
-        if others and self._may_write(task):
-            for other in filter(self._may_write, others):
+        if not others or not self._may_write(task):
+            return
+        for other in others:
+            try:
+                met = self._may_write(other)
+                if met:
+                    self._note(other, task)
+            except OSError as error:
+                self.refused(error, task=other.id, session=other.session)
+                met = True
+            if met:
                 self._note(task, other)
-                self._note(other, task)
 
     def _may_write(self, task: Task) -> bool:
         here = place.attempt(self.dirs, task.id, task.launches)

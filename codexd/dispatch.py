@@ -57,20 +57,27 @@ def heads(tasks: Iterable[Task]) -> dict[str, Task]:
 
 
 def ready(
-    tasks: Iterable[Task], gate: Gate, slots: int, active: Set[str], apart: bool = False
+    tasks: Iterable[Task],
+    gate: Gate,
+    slots: int,
+    active: Set[str],
+    apart: bool = False,
+    skip: Set[str] = frozenset(),
 ) -> list[Task]:
     """The tasks to start now, at most as many as there are free slots.
 
     `active` are the ids whose worker is still there: a task of them is not
     started again before it is gone, and its slot is taken.  `apart`: no two may
-    work in one directory, or one below the other.
+    work in one directory, or one below the other.  Those in `skip` cannot start just now,
+    and hold back nothing but their session.
     """
     first = heads(tasks)
     working = [t for t in first.values() if t.state is State.RUNNING or t.id in active]
     taken = len({t.id for t in working} | active)
     if taken >= slots:
         return []
-    queued = [t for t in first.values() if _may_start(t) and t.id not in active]
+    away = active | skip
+    queued = [t for t in first.values() if _may_start(t) and t.id not in away]
     if gate.closed:
         queued = _let(queued, gate)
     else:

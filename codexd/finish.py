@@ -10,6 +10,7 @@ What it came to is told by `evidence`, what follows by `policy`.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -231,7 +232,7 @@ class Finish:
 
     def conclude(self, task: Task, answer: str | None) -> None:
         """The answer's file and the last word of a task that has ended."""
-        (self.dirs.tasks / task.id).mkdir(mode=0o750, exist_ok=True)  # should it be lost
+        self._make_home(task.id)
         name = place.answer_name(task.id, task.file)
         place.write_answer(self.dirs, name, answerfile.content(task, answer))
         short = (
@@ -240,6 +241,17 @@ class Finish:
         file = str(self.dirs.answers / name)
         place.conclude(self.dirs, task.id, to_json(task, short, file))
         self.concluded.add(task.id)
+
+    def _make_home(self, id: str) -> None:
+        """The directory of a task, should it be lost.  Raises OSError where it is not, but the
+        task has ended already: what it came to must not be written over."""
+        home = self.dirs.tasks / id
+        if durable.is_directory(home):
+            return
+        if place.known(self.dirs, id):
+            there = str(place.archived(self.dirs, id))
+            raise OSError(errno.EALREADY, "the task has ended already; restart codexd", there)
+        home.mkdir(mode=0o750)
 
     def end(self, task: Task, kind: Kind, facts: Mapping[str, object]) -> Event:
         """End a task that is not running: its answer, then the event that says so."""

@@ -123,10 +123,13 @@ class Master:
         by = {"launcher": self.launcher.kind, "launcher_why": self.launcher.why}
         try:
             self.record([Event(clock.now(), Note.STARTED, facts={**facts, **by})])
-            for task in list(book.tasks.values()):
-                self.record(self.finish.retold(task))
         except LedgerFull as full:
             self.refused(full)  # the first round closes the gate
+        for task in list(book.tasks.values()):
+            try:
+                self.record(self.finish.retold(task))
+            except OSError as error:
+                self.refused(error, task=task.id)
         tidy(self.dirs, book, self.warn)
 
     def step(self) -> float:

@@ -1136,6 +1136,33 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
     assert refused(tmp_path, "--config", str(file)) == (77, text + 'Permission denied"')
 
 
+def test_a_month_of_the_archive_that_cannot_be_read(tmp_path: Path) -> None:
+    """Live tasks of that month run.  One that lies there, because the line of its end was
+    damaged, does not, and keeps its answer."""
+    daemon = Mortal(tmp_path / "root")
+    lost = f"{NOBODY[:-1]}1"
+    month = daemon.dirs.archive / "2026-01"
+    for id in (NOBODY, lost):
+        daemon.left(id, at=AT)
+    month.mkdir()
+    told = {"id": lost, "state": "done", "outcome": "done"}
+    (daemon.dirs.tasks / lost / "status.json").write_text(json.dumps(told))
+    (daemon.dirs.tasks / lost).rename(month / lost)
+    answer = daemon.dirs.answers / f"{lost}.md"
+    answer.write_text("what it said")
+    month.chmod(0)
+    with daemon:
+        until((daemon.dirs.answers / f"{NOBODY}.md").exists, "the answer of the live one")
+        until(lambda: f"task={lost} what=" in daemon.log.read_text(), "the other to be told")
+        month.chmod(0o750)
+        until((month / NOBODY / "status.json").exists, "it is moved")
+        daemon.stop()
+        daemon.start()
+        assert {t["state"] for t in daemon.tasks()} == {"done"}
+        assert answer.read_text() == "what it said"
+        until(lambda: daemon.health()["status"] == "ok", "the end of trouble")
+
+
 # --- a host that refuses while we serve -----------------------------------------------------------
 
 
@@ -1172,6 +1199,60 @@ def test_orders_that_cannot_be_written_hold_up_no_other(tmp_path: Path) -> None:
         blocked.unlink()
         until((daemon.dirs.answers / f"{id}.md").is_file, "the answer")
         until(lambda: daemon.health()["status"] == "ok", "the end of trouble")
+
+
+@pytest.mark.parametrize("shut", ["its attempt", "its task"])
+def test_what_an_attempt_left_and_nobody_can_read_holds_up_no_other(
+    tmp_path: Path, shut: str
+) -> None:
+    """As of a task without a sandbox that shut its own directory."""
+    daemon = Mortal(tmp_path / "root")
+    running = (Kind.RUNNING, {"launches": 1, "attempts": 1})
+    result = {"outcome": "done", "exit_status": 0, "answer": "fine", "usage": {}}
+    one, other = NOBODY, f"{NOBODY[:-1]}1"
+    for id in (one, other):
+        daemon.left(id, (Kind.QUEUED, {}), running, at=AT, **result)
+        attempt = daemon.dirs.tasks / id / "1"
+        (attempt / "attempt.json").write_text('{"sandbox": "workspace-write"}')
+        (attempt / "events.jsonl").write_text('{"item": {"type": "command_execution"}}')
+    path = daemon.dirs.tasks / one / ("1" if shut == "its attempt" else "")
+    path.chmod(0)
+    try:
+        with daemon:
+            until((daemon.dirs.answers / f"{other}.md").exists, "the answer of the other")
+            said = read_answer(daemon.dirs.answers / f"{other}.md")[0]
+            assert said["state"] == "done"
+            assert said["message"].startswith(f"task {one} worked in {daemon.dirs.work}")
+            daemon.drop("third.md", "x")
+            assert daemon.answer("third")[1] == "fine\n"
+            trouble = until(lambda: daemon.health().get("trouble"), "trouble")
+            assert str(trouble).startswith(f"{path}")
+            assert f"task={one} what=" in daemon.log.read_text()
+            path.chmod(0o750)
+            until((daemon.dirs.answers / f"{one}.md").exists, "its answer")
+            until(lambda: daemon.health()["status"] == "ok", "the end of trouble")
+    finally:
+        if path.exists():
+            path.chmod(0o750)
+
+
+def test_one_that_tries_the_gate_and_cannot_be_read_holds_up_no_other(tmp_path: Path) -> None:
+    daemon = Mortal(tmp_path / "root")
+    daemon.behave(mode="replay:e429usage,hang-turn")
+    with daemon:
+        daemon.drop("one.md", "x")
+        assert closed(daemon, "quota")
+        id = daemon.tasks()[0]["id"]
+        daemon.run("release")
+        attempt = daemon.dirs.tasks / id / "2"
+        said = attempt / "events.jsonl"
+        until(lambda: said.exists() and said.stat().st_size, "it tries the gate")
+        attempt.chmod(0)
+        daemon.behave()
+        daemon.drop("other.md", "---\nprofile: work\n---\nx")
+        assert daemon.answer("other")[1] == "fine\n"
+        assert str(daemon.health()["trouble"]).startswith(f"{attempt}")
+        attempt.chmod(0o750)
 
 
 def test_answers_that_may_not_be_written_for_a_while(tmp_path: Path) -> None:

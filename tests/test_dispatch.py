@@ -193,6 +193,15 @@ def test_what_is_bound_does_not_start_and_holds_back_its_session(
     assert dispatch.wait(bound_one) == facts
 
 
+def test_who_is_skipped_keeps_its_session_and_gives_up_its_slot_directory_and_probe() -> None:
+    rows = tasks(("a", Q, "s", 9), ("b", Q, "s", 5), ("c", Q, "", 5))
+    assert [t.id for t in ready(rows, OPEN, 1, set(), skip={"a"})] == ["c"]
+    probe = Gate({"quota": {}}, frozenset({"quota"}))
+    assert [t.id for t in ready(rows, probe, 1, set(), skip={"a"})] == ["c"]
+    below = [of("a", workdir="/w"), of("b", workdir="/w/x")]
+    assert [t.id for t in ready(below, OPEN, 4, set(), apart=True, skip={"a"})] == ["b"]
+
+
 def test_heads_are_the_oldest_of_each_session() -> None:
     rows = tasks(("a", W, "s", 5), ("b", Q, "s", 5), ("c", Q, "", 5))
     assert {name: t.id for name, t in heads(rows).items()} == {"s": "a", "c": "c"}

@@ -174,7 +174,7 @@ def test_names_that_are_long_and_notes_that_are_damaged(tmp_path: Path) -> None:
         attempt.mkdir(parents=True)
         (attempt / "attempt.json").write_text('{"sandbox": "workspace-write"}')
         (attempt / "events.jsonl").write_text('{"item": {"type": "command_execution"}}')
-    Beside(dirs, tasks, lambda *_, **__: None).look(tasks[one])
+    Beside(dirs, tasks, lambda *_, **__: None, pytest.fail).look(tasks[one])
     said = place.told_beside(dirs, one)
     assert said.startswith(f"task {other} of session {chr(0x20AC) * 60} worked in /w/ddd")
     assert said.endswith("… at the same time; both may have changed files there")

@@ -1,0 +1,206 @@
+"""A round of attempts without a daemon around it: what the host refuses passes, or harms one."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codexd import clock, config, place, spool
+from codexd.attempts import RETRY, Attempts
+from codexd.finish import Finish
+from codexd.gate import Keeper
+from codexd.ledger import Ledger, LedgerFull
+from codexd.model import Event, Kind, Note, Request
+from codexd.outcome import Outcome
+from codexd.spend import Spend
+from tests.history import AT, ident, move, queued
+
+FAKE = Path(__file__).parent / "bin" / "codex"
+RUNNING = {"launches": 1, "attempts": 1}
+
+
+class Started:
+    """A launcher that remembers; each of its workers is gone at once."""
+
+    kind, survives, why = "process", False, None
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+
+    def start(self, ids: Iterable[str], limits: Mapping[str, Mapping[str, int]]) -> None:
+        self.ids += ids
+
+    def active(self) -> set[str]:
+        return set()
+
+    working = active
+
+    def refusal(self, id: str) -> None: ...
+
+    ended = refusal
+
+    def stop(self, ids: Iterable[str]) -> None: ...
+
+
+class Round:
+    """All that a round of attempts needs, on a directory of its own."""
+
+    def __init__(self, root: Path, *events: Event, **settings: Any) -> None:
+        self.dirs = config.Directories.below(root)
+        self.dirs.codex_home.mkdir(parents=True)
+        read = config.load(self.dirs, explicit=False)
+        self.config = replace(read, codex=replace(read.codex, bin=str(FAKE)), **settings)
+        spool.prepare(self.dirs)
+        self.ledger = Ledger(self.dirs.ledger, self.dirs.checkpoint)
+        facts = {"file": "large.md", "reason": "x" * 200, "id": ident(9)}
+        more = [Event(AT, Note.REJECTED, facts=facts)] * 200  # no other file is as large
+        self.ledger.append([*more, *events])
+        for id in self.ledger.book.tasks:
+            (self.dirs.tasks / id).mkdir()
+            place.store(self.dirs, id, {"id": id, "request": Request("x").to_json()})
+        self.refused: list[str] = []
+        self.fills = False  # whether the next lines are the last for which there is room
+        spend = Spend(self.dirs.usage, self.log)
+        self.keeper = Keeper(self.config, self.ledger, spend, self.log, self.log)
+        self.keeper.look(clock.steady())
+        self.launcher = Started()
+        self.attempts = Attempts(
+            self.config, self.ledger, self.launcher, self.keeper,
+            Finish(self.config, spend), self.record, self.refuse, self.log, self.log,
+        )  # fmt: skip
+
+    def log(self, event: str, **fields: object) -> None:
+        """Nobody reads it."""
+
+    def refuse(self, error: OSError, **about: object) -> None:
+        self.refused.append(str(about.get("task")))
+
+    def record(self, events: list[Event]) -> None:
+        self.ledger.append(events)
+        if self.fills and events:
+            self._limit()
+
+    def _limit(self) -> None:
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.ledger.book.offset, most))
+
+    @contextmanager
+    def no_room(self, later: bool = False) -> Iterator[None]:
+        """The ledger cannot grow; `later`: once it has the next lines."""
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.fills = later
+        try:
+            if not later:
+                self._limit()
+            yield
+        finally:
+            self.fills = False
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def end(self, number: int) -> None:
+        self.ledger.append([move(number, Kind.DONE, outcome="done")])
+
+    def left(self, number: int, **result: object) -> None:
+        """The result of its first attempt."""
+        attempt = self.dirs.tasks / ident(number) / "1"
+        attempt.mkdir()
+        (attempt / "started").touch()
+        (attempt / "result.json").write_text(json.dumps({"exit_status": 0, **result}))
+
+
+def test_one_that_was_to_try_the_gate_and_could_not_be_recorded_tries_it_later(
+    tmp_path: Path,
+) -> None:
+    one = Round(tmp_path, queued(1))
+    one.keeper.met(Outcome.QUOTA, "Quota exceeded.")
+    one.keeper.release()
+    with one.no_room(), pytest.raises(LedgerFull):
+        one.attempts.dispatch(clock.steady())
+    assert one.launcher.ids == []
+    one.attempts.dispatch(clock.steady())
+    assert one.launcher.ids == [ident(1)]
+
+
+def test_what_follows_from_an_end_is_done_for_all_although_the_disk_is_full(
+    tmp_path: Path,
+) -> None:
+    running = [move(n, Kind.RUNNING, **RUNNING) for n in (1, 2)]
+    one = Round(tmp_path, queued(1), queued(2), *running)
+    one.keeper.close("host", "no worker can be started")
+    one.left(1, outcome="done", answer="fine")
+    one.left(2, outcome="quota", message="Quota exceeded.")
+    with one.no_room(later=True):
+        one.attempts.collect(clock.steady())
+    assert list(one.ledger.book.tasks) == [ident(2)]
+    assert one.refused == [ident(1), ident(2)]
+    assert one.keeper.closed.keys() == {"host", "quota"}
+
+
+@pytest.mark.parametrize("gate", ["open", "closed"])
+def test_who_cannot_be_ordered_gives_its_place_to_the_next(tmp_path: Path, gate: str) -> None:
+    """A backup was restored by root: the tasks that come first are not codexd's."""
+    first = [queued(n, priority=9, session=f"s{n}") for n in (1, 2)]
+    one = Round(tmp_path, *first, queued(3, session="s1"), queued(4), workers=1)
+    if gate == "closed":
+        one.keeper.met(Outcome.QUOTA, "Quota exceeded.")
+        one.keeper.release()
+    for number in (1, 2):
+        (one.dirs.tasks / ident(number) / "1").touch()  # in the way of its attempt
+    now = clock.steady()
+    for _ in range(3):
+        one.attempts.dispatch(now)
+    assert one.launcher.ids == [ident(4)], "and nothing of their sessions"
+    assert set(one.refused[-2:]) == {ident(1), ident(2)}, "told as long as it is so"
+
+
+def test_who_could_not_be_ordered_is_tried_again_in_its_turn(tmp_path: Path) -> None:
+    many = [queued(n, priority=9 - n) for n in range(6)]
+    one = Round(tmp_path, *many, workers=1)
+    ways = [one.dirs.tasks / ident(n) / "1" for n in range(5)]
+    for way in ways:
+        way.touch()
+    now = clock.steady()
+    for _ in range(6):
+        one.attempts.dispatch(now)
+    assert one.launcher.ids == [ident(5)]
+    one.end(5)
+    ways[3].unlink()
+    for later in range(1, 5):  # each costs the others one round
+        assert one.launcher.ids == [ident(5)]
+        one.attempts.dispatch(now + later * RETRY)
+    assert one.launcher.ids == [ident(5), ident(3)]
+    # What was in the way of one was in the way of others: they need not wait for their turns.
+    one.end(3)
+    ways[0].unlink()
+    one.attempts.dispatch(now + 4 * RETRY)
+    assert one.launcher.ids[2:] == [ident(0)]
+
+
+def test_of_those_that_could_not_be_ordered_the_ended_are_forgotten(tmp_path: Path) -> None:
+    one = Round(tmp_path, queued(1))
+    way = one.dirs.tasks / ident(1) / "1"
+    way.touch()
+    one.attempts.dispatch(clock.steady())
+    one.ledger.append([move(1, Kind.CANCELLED, outcome="cancelled")])
+    one.refused.clear()
+    one.attempts.dispatch(clock.steady())
+    assert one.refused == []
+
+
+def test_what_a_task_came_to_is_not_written_over(tmp_path: Path) -> None:
+    """It lies in the archive, which could not be read at the start."""
+    one = Round(tmp_path, queued(1))
+    there = place.archived(one.dirs, ident(1))
+    there.parent.mkdir()
+    (one.dirs.tasks / ident(1)).rename(there)
+    one.attempts.dispatch(clock.steady())
+    assert one.refused == [ident(1)]
+    assert not list(one.dirs.answers.iterdir())
+    assert not (one.dirs.tasks / ident(1)).exists()
