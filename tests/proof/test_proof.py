@@ -90,6 +90,16 @@ def test_a_server_that_is_killed_while_it_starts_is_told(tmp_path: Path) -> None
     place.reap()
 
 
+def test_more_at_once_than_there_are_slots_is_written_down(tmp_path: Path) -> None:
+    """The daemon believes in four, the fake in one."""
+    with Place(tmp_path, tmp_path / "root") as place:
+        place.work(1.0, 1.0, slots=1)
+        for number in (1, 2):
+            place.drop(f"{number}.md", f"[[proof m{number} -]]\n")
+        (told,) = until(lambda: place.lines("violations"), "a word of it")
+        assert told.endswith("/1 started while all of 1 slots was held")
+
+
 # --- the oracle itself -----------------------------------------------------------------
 
 
@@ -149,7 +159,7 @@ def said_twice(place: Place) -> None:
 
 
 def seen(place: Place) -> None:
-    (place.notes / "violations").write_text("X/1 started while session-s was at work\n")
+    (place.notes / "violations").write_text("X/1 started while session-s was held\n")
 
 
 def left_over(place: Place) -> None:
@@ -172,7 +182,7 @@ def test_the_oracle_finds_nothing_wrong(told: Place) -> None:
         (without_its_end, " ended 0 times"),
         (damaged, "seal"),
         (said_twice, " is in the transcripts 2 times"),
-        (seen, "X/1 started while session-s was at work"),
+        (seen, "X/1 started while session-s was held"),
         (left_over, "left in tasks/: 2026"),
     ],
 )
