@@ -32,9 +32,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         os.environ.pop("COVERAGE_WORKERS", None)
 
 
-def pytest_configure() -> None:
-    """Draw the seed before xdist starts its workers, which inherit it."""
-    seed()
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Draw the seed before xdist starts its workers, which inherit it, and hypothesis looks."""
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = seed()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.proof.level import Figures, chances, seed
 from tests.proof.place import TOP
@@ -17,7 +19,15 @@ NAME = "a chance by this seed"
 
 @pytest.mark.parametrize("worker", ["a", "b"])
 def test_a_figure(figure: Figures, worker: str) -> None:
-    figure(f"figures: {NAME}, {worker}", f"{seed()} {chances('figures').random()}")
+    drawn: list[int] = []
+
+    @settings(database=None)
+    @given(st.integers())
+    def draw(number: int) -> None:
+        drawn.append(number)
+
+    draw()
+    figure(f"figures: {NAME}, {worker}", f"{seed()} {chances('figures').random()}/{sum(drawn)}")
     assert not os.environ.get("CODEXD_PROOF_FAILS")
 
 
