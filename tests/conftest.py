@@ -40,7 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The figures of all proofs, in one table, and what plays the run again.
+    """The figures of all proofs, and those that were skipped, in one table, and what plays the
+    run again.
 
     Here, because the process that xdist's workers report to loads only the first conftest.
     """
@@ -48,14 +49,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         r for kind in ("passed", "failed", "error") for r in terminalreporter.getreports(kind)
     ]
     told = {
-        (str(r.nodeid).rpartition("/")[2].partition("::")[0], name.removeprefix(MARK), str(value))
+        (_where(r.nodeid)[0], name.removeprefix(MARK), str(value))
         for r in reports
         for name, value in getattr(r, "user_properties", ())
         if name.startswith(MARK)
+    } | {
+        (
+            _where(r.nodeid)[0],
+            f"skipped: {_where(r.nodeid)[1]}",
+            r.longrepr[2].removeprefix("Skipped: "),
+        )
+        for r in terminalreporter.getreports("skipped")
+        if r.nodeid.startswith(_PROOFS)
     }
     terminalreporter.section(f"proofs: {LEVEL}, SEED={seed()}")
     for where, name, value in sorted(told):
         terminalreporter.write_line(f"{where:<20} {name:<46} {value}")
+
+
+_PROOFS = "tests/proof/"
+
+
+def _where(nodeid: str) -> tuple[str, str]:
+    """File and name of a test."""
+    path, _, name = nodeid.partition("::")
+    return path.rpartition("/")[2], name
 
 
 @pytest.hookimpl(wrapper=True)

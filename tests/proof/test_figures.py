@@ -31,10 +31,17 @@ def test_a_figure(figure: Figures, worker: str) -> None:
     assert not os.environ.get("CODEXD_PROOF_FAILS")
 
 
+def test_a_figure_that_cannot_be_taken() -> None:
+    if os.environ.get("CODEXD_PROOF_FAILS"):
+        pytest.skip("[here] it cannot")
+
+
 def test_the_seed_and_the_figures_are_told_also_of_what_fails() -> None:
-    """By one run of those two in two processes, neither of which was given a seed."""
+    """By one run of those three in two processes, neither of which was given a seed."""
     env = {
-        k: v for k, v in os.environ.items() if k != "SEED" and not k.startswith(("PYTEST", "COV"))
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("SEED", "CI") and not k.startswith(("PYTEST", "COV"))
     }
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-k", "test_a_figure", __file__]
     env |= {"CODEXD_PROOF_FAILS": "yes"}
@@ -44,3 +51,5 @@ def test_the_seed_and_the_figures_are_told_also_of_what_fails() -> None:
     figures = re.findall(rf"{NAME}, (\w) +(\w+) (\S+)", done.stdout)
     (chance,) = {chance for _, _, chance in figures}
     assert figures == [("a", told, chance), ("b", told, chance)]
+    skipped = r"test_figures\.py +skipped: test_a_figure_that_cannot_be_taken +\[here\] it cannot"
+    assert re.search(skipped, done.stdout)
