@@ -6,9 +6,11 @@ The seed is printed with the figures: SEED=… in the environment plays a run ag
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import pytest
 
 from tests.daemon import PYTHON, uncovered, until
 from tests.processes import kill
-from tests.proof import oracle, powercut
+from tests.proof import oracle, powercut, soak
 from tests.proof.level import Figures, pick, seed
 from tests.proof.place import TOP, Place
 
@@ -88,6 +90,34 @@ def test_a_server_that_is_killed_while_it_starts_is_told(tmp_path: Path) -> None
     assert "error http.died status=-9" in place.log.read_text()
     assert not place.is_ready()
     place.reap()
+
+
+GROWTH = {
+    **{name: f"{name} grew from " for name in (*soak.FLAT, "kept")},
+    "files": " files of 100 tasks that are kept",
+}
+
+
+def soaked(root: Path, hours: float, name: str = "threads", more: int = 0) -> list[str]:
+    """What the soak says of forty samples in so many hours, of which one figure grows."""
+    one = soak.Soak(root, random.Random(), 1.0)
+    one.daemon.log.touch()
+    flat = soak.Sample(0, *[100] * (len(fields(soak.Sample)) - 1))
+    for number in range(40):
+        now = {"minute": 1.5 * hours * number, name: 100 + number % 3 + more * number}
+        one.samples.append(replace(flat, **now))
+    return one.problems()
+
+
+@pytest.mark.parametrize("name", GROWTH)
+def test_the_soak_finds_what_grows(tmp_path: Path, name: str) -> None:
+    (*_, problem) = soaked(tmp_path / "root", 40, name, 100)
+    assert GROWTH[name] in problem
+
+
+def test_the_soak_finds_nothing_else(tmp_path: Path) -> None:
+    assert soaked(tmp_path / "root", 40) == []
+    assert soaked(tmp_path / "root", 20, "kept", 100) == [], "retention has not begun"
 
 
 def test_more_at_once_than_there_are_slots_is_written_down(tmp_path: Path) -> None:
