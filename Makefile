@@ -10,7 +10,8 @@ READY := $(VENV)/.ready
 TESTS ?= -n auto --dist loadgroup
 COVERED ?=
 RUNNER ?= $(VENV)/bin/python
-PROOFS ?= tests/proof tests/test_dry.py::test_twenty_tasks_while_the_quota_runs_dry
+PROOFS ?= tests/proof tests/test_dry.py::test_twenty_tasks_while_the_quota_runs_dry \
+    tests/test_spool.py::test_a_file_swapped_while_it_is_read_is_one_thing_or_the_other
 
 .PHONY: venv demo test lint bench proof proof-long soak coverage deb clean
 

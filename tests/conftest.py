@@ -7,7 +7,7 @@ from collections.abc import Generator
 
 import pytest
 
-from tests.proof.level import LEVEL, MARK, seed
+from tests.proof.level import LEVEL, MARK, Figures, seed
 
 # The files whose workers and errands are counted (tests/bin/python-counted).  It makes each take
 # about twice as long, and what other files have of them is more of the same.
@@ -30,6 +30,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         os.environ["COVERAGE_WORKERS"] = "1"
     else:
         os.environ.pop("COVERAGE_WORKERS", None)
+
+
+@pytest.fixture
+def figure(record_property: Figures) -> Figures:
+    """Tell one measured figure: its name, and what was measured."""
+    return lambda name, value: record_property(f"{MARK}{name}", str(value))
 
 
 @pytest.hookimpl(tryfirst=True)
