@@ -311,7 +311,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _file(kind: str, *paths: Path, threads: Iterable[str] = ()) -> Old:
-    return Old(kind, paths, sum(path.lstat().st_size for path in paths), frozenset(threads))
+    return Old(kind, paths, sum(weight.room(path.lstat()) for path in paths), frozenset(threads))
 
 
 # --- which threads a record names -------------------------------------------------

@@ -91,7 +91,12 @@ def attempts(task: str) -> list[Path]:
 def tree(path: str | Path) -> int:
     """Bytes of all files below a directory."""
     found = (os.path.join(at, name) for at, _, names in os.walk(path) for name in names)
-    return sum(os.lstat(file).st_size for file in found)
+    return sum(room(os.lstat(file)) for file in found)
+
+
+def room(found: os.stat_result) -> int:
+    """Bytes that a file takes: of its holes none, or a sparse one would cost all others."""
+    return min(found.st_size, found.st_blocks * 512)
 
 
 def threads_of(path: Path) -> set[str]:
@@ -159,7 +164,7 @@ def _piece(entry: os.DirEntry[str]) -> Piece | None:
         found = entry.stat(follow_symlinks=False)
     except FileNotFoundError:
         return None
-    return (found.st_mtime, found.st_size) if stat.S_ISREG(found.st_mode) else None
+    return (found.st_mtime, room(found)) if stat.S_ISREG(found.st_mode) else None
 
 
 def _size(path: str) -> int:
@@ -168,4 +173,4 @@ def _size(path: str) -> int:
         found = os.lstat(path)
     except FileNotFoundError:
         return 0
-    return found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return room(found) if stat.S_ISREG(found.st_mode) else 0

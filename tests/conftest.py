@@ -7,7 +7,7 @@ from collections.abc import Generator
 
 import pytest
 
-from tests.proof.level import LEVEL, MARK, seed
+from tests.proof.level import LEVEL, MARK, Figures, seed
 
 # The files whose workers and errands are counted (tests/bin/python-counted).  It makes each take
 # about twice as long, and what other files have of them is more of the same.
@@ -32,13 +32,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         os.environ.pop("COVERAGE_WORKERS", None)
 
 
-def pytest_configure() -> None:
-    """Draw the seed before xdist starts its workers, which inherit it."""
-    seed()
+@pytest.fixture
+def figure(record_property: Figures) -> Figures:
+    """Tell one measured figure: its name, and what was measured."""
+    return lambda name, value: record_property(f"{MARK}{name}", str(value))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Draw the seed before xdist starts its workers, which inherit it, and hypothesis looks."""
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = seed()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The figures of all proofs, in one table, and what plays the run again.
+    """The figures of all proofs, and those that were skipped, in one table, and what plays the
+    run again.
 
     Here, because the process that xdist's workers report to loads only the first conftest.
     """
@@ -46,14 +55,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         r for kind in ("passed", "failed", "error") for r in terminalreporter.getreports(kind)
     ]
     told = {
-        (str(r.nodeid).rpartition("/")[2].partition("::")[0], name.removeprefix(MARK), str(value))
+        (_where(r.nodeid)[0], name.removeprefix(MARK), str(value))
         for r in reports
         for name, value in getattr(r, "user_properties", ())
         if name.startswith(MARK)
+    } | {
+        (
+            _where(r.nodeid)[0],
+            f"skipped: {_where(r.nodeid)[1]}",
+            r.longrepr[2].removeprefix("Skipped: "),
+        )
+        for r in terminalreporter.getreports("skipped")
+        if r.nodeid.startswith(_PROOFS)
     }
     terminalreporter.section(f"proofs: {LEVEL}, SEED={seed()}")
     for where, name, value in sorted(told):
         terminalreporter.write_line(f"{where:<20} {name:<46} {value}")
+
+
+_PROOFS = "tests/proof/"
+
+
+def _where(nodeid: str) -> tuple[str, str]:
+    """File and name of a test."""
+    path, _, name = nodeid.partition("::")
+    return path.rpartition("/")[2], name
 
 
 @pytest.hookimpl(wrapper=True)

@@ -43,6 +43,43 @@ TEN = [
 ]
 
 
+def note(kind: Note, **facts: Any) -> Event:
+    return Event(AT, kind, facts=facts)
+
+
+# Every kind of event.
+EVERY = [
+    note(Note.ROTATED, **{"from": "tasks-20261122T072011Z.md", "carried": 0, "ended": [ident(8)]}),
+    note(Note.STARTED, version="0.1.0"),
+    queued(1, session="web"),
+    move(1, Kind.RUNNING, launches=1, attempts=1),
+    move(1, Kind.DONE, outcome="done"),
+    note(Note.OWED, event=f"{ident(1)}.done"),
+    note(Note.DEFERRED, event=f"{ident(1)}.done", tries=1, until=AT),
+    queued(2),
+    move(2, Kind.WAITING, until=AT, reason="rate"),
+    move(2, Kind.FAILED, outcome="rate"),
+    note(Note.OWED, event=f"{ident(2)}.failed"),
+    note(Note.UNTOLD, event=f"{ident(2)}.failed"),
+    queued(3),
+    move(3, Kind.RUNNING, launches=1, attempts=1),
+    move(3, Kind.STOPPING, cancel=True),
+    move(3, Kind.CANCELLED, outcome="cancelled"),
+    note(Note.OWED, event=f"{ident(3)}.cancelled"),
+    note(Note.TOLD, event=f"{ident(3)}.cancelled"),
+    closed("quota"),
+    note(Note.OPENED, reason="quota"),
+    closed("hold"),
+    note(Note.REJECTED, file="x.bin", reason="not UTF-8", id=ident(9)),
+    note(Note.REPEATED, file="y.md", key="k", first=ident(1), id=ident(7)),
+    note(Note.RESET, session="web"),
+    queued(4, session="web"),
+    move(4, Kind.RUNNING, launches=1, attempts=1, thread="T"),
+    note(Note.STOPPED),
+]
+assert {event.kind for event in EVERY} == {*Kind, *Note}
+
+
 def lines(events: list[Event]) -> list[bytes]:
     return [HEAD, *map(render, events)]
 
@@ -54,6 +91,7 @@ def facts_of(book: Book) -> dict[str, Any]:
         "gate": {reason: dict(facts) for reason, facts in book.gate.items()},
         "recent": list(book.recent),
         "verdicts": list(book.verdicts.items()),
+        "owed": list(book.owed.items()),
     }
 
 

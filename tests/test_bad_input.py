@@ -330,6 +330,11 @@ def unreadable(path: Path) -> None:
     path.touch(0)
 
 
+def nothing_for_long(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 8 << 30)
+
+
 def anothers(path: Path) -> None:
     path.write_text("a good task that only its owner may read")
     path.chmod(0o600)
@@ -358,6 +363,7 @@ THINGS: dict[str, tuple[Callable[[Path], None], str]] = {
     f"{NOBODY[:-1]}2.cancel": (os.mkfifo, "it is a FIFO"),
     "socket.md": (listening, "it is a socket"),
     "unreadable.md": (unreadable, CLOSED),
+    "sparse.md": (nothing_for_long, f"{8 << 30} bytes; the limit is 65536 (limits.file)"),
 }
 ROOTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "device.md": (device, "it is a device"),

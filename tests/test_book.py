@@ -15,45 +15,67 @@ from hypothesis import strategies as st
 from codexd import book as book_room
 from codexd.ledger import Book, Follower, Ledger, LedgerBroken, render, seal
 from codexd.model import TRANSITIONS, Event, Kind, Note
-from tests.history import AT, HEAD, TEN, closed, facts_of, ident, lines, move, queued, read, slow
+from tests.history import (
+    AT,
+    EVERY,
+    HEAD,
+    TEN,
+    closed,
+    facts_of,
+    ident,
+    lines,
+    move,
+    queued,
+    read,
+    slow,
+)
 
 # --- damage -----------------------------------------------------------------------
 
 
-def test_every_prefix_replays_to_an_exact_event_prefix_and_is_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("events", "step"), [(TEN, 7), (EVERY, 29)], ids=["ten", "every"])
+def test_every_prefix_replays_to_an_exact_event_prefix_and_is_cut(
+    tmp_path: Path, events: list[Event], step: int
+) -> None:
     """Whatever a crash leaves of a file, the writer goes on after its last whole line."""
-    whole = lines(TEN)
+    whole = lines(events)
     data = b"".join(whole)
     path = tmp_path / "tasks.md"
     ends = [sum(map(len, whole[: n + 1])) for n in range(len(whole))]
+    expected = [facts_of(slow(whole[:count])) for count in range(len(whole) + 1)]
     for size in range(len(data) + 1):
         path.write_bytes(data[:size])
         count = sum(end <= size for end in ends)
         reader = read(path)
-        assert facts_of(reader) == facts_of(slow(whole[:count])), size
+        assert facts_of(reader) == expected[count], size
         assert not reader.damaged
-        if size not in ends and size % 7 and size > 60:
+        if size not in ends and size % step and size > 60:
             continue  # the writer syncs: not for each of them
         writer = Ledger(path, tmp_path / "none.json")
-        writer.append([queued(4)])
+        writer.append([queued(6)])
         writer.close()
         kept = whole[:count] or [HEAD]
         assert writer.torn == size - sum(map(len, whole[:count])), size
-        assert path.read_bytes() == b"".join(kept) + render(queued(4)), size
+        assert path.read_bytes() == b"".join(kept) + render(queued(6)), size
 
 
-def test_no_flipped_bit_changes_what_is_acted_on(tmp_path: Path) -> None:
-    """A flip costs the line it is in, and is told; it never alters one."""
-    whole = lines(TEN)
+@pytest.mark.parametrize(("events", "bits"), [(TEN, 8), (EVERY, 1)], ids=["ten", "every"])
+def test_no_flipped_bit_changes_what_is_acted_on(
+    tmp_path: Path, events: list[Event], bits: int
+) -> None:
+    """A flip costs the line it is in, and is told; it never alters one.  Of each byte all
+    its bits, or one, each time the next."""
+    whole = lines(events)
     data = b"".join(whole)
-    without = {n: facts_of(slow([x for m, x in enumerate(whole) if m != n])) for n in range(11)}
+    last = len(whole) - 1
+    without = [facts_of(slow([*whole[:n], *whole[n + 1 :]])) for n in range(len(whole))]
     path = tmp_path / "tasks.md"
     path.write_bytes(data)
     with open(path, "r+b", buffering=0) as file:
         at = 0
         for number, line in enumerate(whole):
             for offset, byte in enumerate(line):
-                for bit in range(8):
+                for bit in {(offset + n) % 8 for n in range(bits)}:
                     file.seek(at + offset)
                     file.write(bytes([byte ^ 1 << bit]))
                     book = read(path)
@@ -61,9 +83,9 @@ def test_no_flipped_bit_changes_what_is_acted_on(tmp_path: Path) -> None:
                         assert facts_of(book) == without[number], (number, offset, bit)
                         assert book.damaged, (number, offset, bit)
                     else:  # its newline: the next line goes with it
-                        both = [x for m, x in enumerate(whole) if m not in (number, number + 1)]
+                        both = [*whole[:number], *whole[number + 2 :]]
                         assert facts_of(book) == facts_of(slow(both))
-                        assert book.damaged or number == 10  # torn, not damaged
+                        assert book.damaged or number == last  # torn, not damaged
                 file.seek(at + offset)
                 file.write(bytes([byte]))
             at += len(line)
@@ -221,15 +243,15 @@ def test_a_history_of_many_chunks(tmp_path: Path) -> None:
 # --- checkpoints ------------------------------------------------------------------
 
 
-def prepared(tmp_path: Path) -> tuple[Path, Path]:
+def prepared(tmp_path: Path, events: list[Event] = TEN) -> tuple[Path, Path]:
     """A ledger with a checkpoint in its middle."""
     path, checkpoint = tmp_path / "tasks.md", tmp_path / "checkpoint.json"
     writer = Ledger(path, checkpoint)
-    writer.append(TEN[:8])
+    writer.append(events[:8])
     writer.checkpoint()
     assert writer.unmarked == 0
-    writer.append(TEN[8:])
-    assert writer.unmarked == sum(len(render(e)) for e in TEN[8:])
+    writer.append(events[8:])
+    assert writer.unmarked == sum(len(render(e)) for e in events[8:])
     writer.close()
     return path, checkpoint
 
@@ -248,9 +270,10 @@ def used(path: Path, checkpoint: Path) -> bool:
     return not told
 
 
-def test_checkpoint_and_tail_are_a_full_replay(tmp_path: Path) -> None:
-    path, checkpoint = prepared(tmp_path)
-    assert facts_of(read(path, checkpoint)) == facts_of(slow(lines(TEN)))
+@pytest.mark.parametrize("events", [TEN, EVERY], ids=["ten", "every"])
+def test_checkpoint_and_tail_are_a_full_replay(tmp_path: Path, events: list[Event]) -> None:
+    path, checkpoint = prepared(tmp_path, events)
+    assert facts_of(read(path, checkpoint)) == facts_of(slow(lines(events)))
     assert used(path, checkpoint)
 
 

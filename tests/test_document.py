@@ -195,18 +195,18 @@ BOMB = "a: &a [x]\n" + "\n".join(f"k{i}: &k{i} [*a, *a, *a, *a, *a, *a, *a, *a]"
     ids=lambda text: f"{text[:12]}-{len(text)}",
 )
 def test_hostile_texts_are_refused_quickly(text: str) -> None:
-    began = time.process_time()
     for parse in (parse_yaml, parse_json):
+        began = time.thread_time()
         with pytest.raises(DocumentError):
             parse(text)
-    assert time.process_time() - began < 5
+        assert time.thread_time() - began < 1, parse
 
 
 def test_a_large_json_string_is_read_quickly() -> None:
-    began = time.process_time()
+    began = time.thread_time()
     text = 'a\n"\\é' * 150_000
     assert parse_json(json.dumps({"prompt": text})).values == {"prompt": text}
-    assert time.process_time() - began < 2
+    assert time.thread_time() - began < 1
 
 
 PIECES = ["---", "...", "<<", ": ", "- ", "\\u", "\\ud800", "\\UFFFFFFFF", "true", "null", "NaN"]

@@ -282,6 +282,11 @@ ORDERS = {
         write attempt.json
         fsync ID
     """,
+    # Empty as it is, it is there for good before anybody is told so.
+    "spool.deliver_control(dirs.inbox, 'all.hold')": """
+        fsync all.hold
+        fsync inbox
+    """,
     # The dropped name is known for good before the file has another one.
     "spool.claim(dirs, [(OTHER, 'a.md')])": """
         mkdir OTHER

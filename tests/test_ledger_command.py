@@ -248,6 +248,29 @@ def test_a_line_of_eight_gigabytes(root: Root, end: bytes) -> None:
             assert f"tasks.md:{len(TEN) + 2}: byte {len(made)}: {what}" in done.stdout
 
 
+def everything(place: Path) -> dict[Path, tuple[int, int, bytes]]:
+    """What lies there: mode, when it was changed, content."""
+    found = {}
+    for path in (place, *place.rglob("*")):
+        is_, data = path.lstat(), path.read_bytes() if path.is_file() else b""
+        found[path] = (is_.st_mode, is_.st_mtime_ns, data)
+    return found
+
+
+def test_verify_changes_nothing(root: Root) -> None:
+    """Not even what a start would cut, begin anew or clear away."""
+    whole = lines(TEN)
+    (root.dirs.state / "tasks-20261122T072011Z.md").write_bytes(b"".join(whole))
+    root.write([*whole[:3], b"- damaged\n", *whole[3:], render(queued(7))[:-20]])
+    root.dirs.checkpoint.write_bytes(b"damaged")
+    (root.dirs.tasks / ident(9)).mkdir()
+    (root.dirs.state / ".tasks.md.12.tmp").touch()
+    before = everything(root.dirs.state)
+    for args in ([], ["--json"], [str(root.ledger)]):
+        assert root.run("verify", *args).returncode == 1
+    assert everything(root.dirs.state) == before
+
+
 def test_old_files_are_looked_at_first(root: Root) -> None:
     one = Ledger(root.ledger, root.dirs.checkpoint)
     one.append([queued(1), move(1, Kind.CANCELLED)])

@@ -177,6 +177,17 @@ def test_of_too_much_the_oldest_goes(tmp_path: Path) -> None:
     assert state.found() == {}
 
 
+def test_holes_take_no_room(tmp_path: Path) -> None:
+    """Nobody's file is to go because another dropped one of a terabyte of nothing."""
+    state = Place(tmp_path, "retention: {size: 1M}\n")
+    for name, days in (("old", 5), ("sparse", 2)):
+        os.truncate(aged(state.dirs.rejected / f"{name}.md", days), 1 << 40 if days == 2 else 1)
+        aged(state.dirs.rejected / f"{name}.md.reason", days)
+    home = state.task(ID.format(1), 5) / "1" / "events.jsonl"
+    os.truncate(aged(home, 5), 1 << 40)
+    assert state.found() == {}
+
+
 def test_a_size_takes_neither_what_is_in_use_nor_what_is_new(tmp_path: Path) -> None:
     state = Place(tmp_path, "retention: {size: 1M}\n")
     live = Task(ID.format(1), State.RUNNING, session="web", thread=THREAD.format(1))

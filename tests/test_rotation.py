@@ -30,7 +30,7 @@ LATER = "2026-11-23T08:00:00.000Z"
 
 
 def all_of(book: Book) -> dict[str, Any]:
-    """`facts_of`, with what hooks are owed, and as a line can say it: without None."""
+    """`facts_of`, as a line can say it: without None."""
     told = facts_of(book)
     told["verdicts"] = [render(event) for event in book.verdicts.values()]
     told["gate"] = {

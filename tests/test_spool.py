@@ -20,6 +20,7 @@ from codexd import durable, spool
 from codexd.config import Directories
 from codexd.model import is_id
 from codexd.spool import SETTLE, TAKE, Settled, Unreadable, Watch
+from tests.proof.level import Figures, pick
 
 ROOT = Path(__file__).resolve().parent.parent
 ID, OTHER = "20261123t072011-k3f9qa7x2m", "20261123t072011-k3f9qa7x2n"
@@ -790,25 +791,35 @@ def test_what_is_no_fault_of_the_file_is_no_reason_to_reject_it(dirs: Directorie
     assert run(code, dirs.inbox.parent, ID).stdout == f"{errno.EMFILE}\n"
 
 
-def test_a_file_swapped_while_it_is_read_is_one_thing_or_the_other(dirs: Directories) -> None:
+SWAPS = pick(1, 2000, 10_000)  # at least, and at least for a second
+
+
+@pytest.mark.timeout(pick(120, 3600, 3600))
+def test_a_file_swapped_while_it_is_read_is_one_thing_or_the_other(
+    dirs: Directories, figure: Figures
+) -> None:
     """A racer exchanges the file for a link to a secret, all the time."""
     secret = dirs.inbox.parent / "secret"
     secret.write_text("secret")
-    take, stop = dirs.inbox / (TAKE + ID), threading.Event()
+    take, stop, swaps = dirs.inbox / (TAKE + ID), threading.Event(), 0
 
     def race() -> None:
+        nonlocal swaps
         while not stop.is_set():
             durable.write(take, b"fine")
             (dirs.inbox / ".l").symlink_to(secret)
             (dirs.inbox / ".l").rename(take)
+            swaps += 1
 
     take.write_text("fine")
     racer = threading.Thread(target=race)
     racer.start()
-    seen = set()
+    seen, reads = set(), 0
     end = time.monotonic() + 1
     try:
-        while time.monotonic() < end:
+        while time.monotonic() < end or swaps < SWAPS:
+            assert racer.is_alive()
+            reads += 1
             try:
                 seen.add(spool.contents(dirs, ID, 100))
             except Unreadable as reason:
@@ -816,6 +827,7 @@ def test_a_file_swapped_while_it_is_read_is_one_thing_or_the_other(dirs: Directo
     finally:
         stop.set()
         racer.join()
+    figure("swaps: file and link exchanged, times it was read", (swaps, reads))
     assert b"secret" not in seen
     assert b"fine" in seen
     assert any(b"symbolic link" in told for told in seen)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,10 @@ with atheris.instrument_imports(include=["codexd"]):
 
 Take = Callable[[bytes], object]
 LONGEST = 8192  # bytes of an input
-SECONDS, ROOM = 5, 600  # of one input, on a busy machine; MiB of the process
+SLOW = 1.0  # seconds of processor time that an input may take
+ROOM = 256 << 20  # bytes that it may need
+# What ends the process, should one never come to its end: seconds by the clock, and MiB of all.
+HANGS, FULL = 60, 600
 
 
 def is_for_people(reason: str) -> None:
@@ -181,6 +185,30 @@ DOORS: dict[str, tuple[Callable[[Path], Take], list[str]]] = {
 # --- the runs ---------------------------------------------------------------------------
 
 
+def bounded(take: Take) -> Take:
+    """The same, but whatever takes too long or too much memory is found, too."""
+
+    def taken(data: bytes) -> None:
+        most, had, began = peak(), resident(), time.thread_time()
+        take(data)
+        assert time.thread_time() - began < SLOW, "it took too long"
+        # Where this one did not need the most so far, one that was asked already did.
+        assert peak() == most or peak() - had < ROOM, "it needs too much memory"
+
+    return taken
+
+
+def peak() -> int:
+    """The most memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def resident() -> int:
+    """What it has now."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
 def enter(door: str, where: Path, runs: int, seed: int) -> None:
     """Be the process of one door; libFuzzer ends it."""
     make, good = DOORS[door]
@@ -189,9 +217,9 @@ def enter(door: str, where: Path, runs: int, seed: int) -> None:
         path.mkdir()
     for number, text in enumerate(good):
         (corpus / str(number)).write_text(text)
-    take = make(where / "root")
-    options = [f"-runs={runs}", f"-seed={seed}", f"-max_len={LONGEST}", f"-timeout={SECONDS}",
-               f"-rss_limit_mb={ROOM}", f"-artifact_prefix={found}/", "-verbosity=0"]  # fmt: skip
+    take = bounded(make(where / "root"))
+    options = [f"-runs={runs}", f"-seed={seed}", f"-max_len={LONGEST}", f"-timeout={HANGS}",
+               f"-rss_limit_mb={FULL}", f"-artifact_prefix={found}/", "-verbosity=0"]  # fmt: skip
     atheris.Setup([sys.argv[0], *options, str(corpus)], take)
     atheris.Fuzz()
 

@@ -21,8 +21,9 @@ from tests.proof import level
 
 CODEX = Path(__file__).resolve().parent / "codex"
 TOP = Path(__file__).resolve().parents[2]
+WORKERS = 4  # at most so many are at work at once
 CONFIG = f"""\
-workers: 4
+workers: {WORKERS}
 attempts: 20
 codex:
   bin: {CODEX}
@@ -57,9 +58,10 @@ class Place(Daemon):
         self._said = home / "said"
         self.work()
 
-    def work(self, delay: float = 0.0, most: float = 0.0) -> None:
-        """How long the fake works, in seconds."""
+    def work(self, delay: float = 0.0, most: float = 0.0, slots: int = WORKERS) -> None:
+        """How long the fake works, in seconds; of how many at once it says nothing."""
         told = {"place": str(self.notes), "delay": delay, "most": most}
+        told |= {"slots": slots, "seed": level.seed()}
         (self.dirs.codex_home / "proof.json").write_text(json.dumps(told))
 
     def launch(self) -> None:
@@ -107,7 +109,7 @@ class Place(Daemon):
 
 def seed_of(args: Any) -> str:
     """The seed of a run, printed so that it can be given again."""
-    told = str(args.seed or level.seed())
+    told = os.environ["SEED"] = str(args.seed or level.seed())  # also for what it starts
     print(f"SEED={told}", flush=True)
     return told
 

@@ -105,6 +105,7 @@ class Soak:
                         due = now + every
                         self.sample(now - began)
                     until(lambda now=now: time.monotonic() >= now + self.pause, "the next")  # type: ignore[misc]
+                self.sample(time.monotonic() - began)  # at least one, however short it was
             until(lambda: health(address)["queued"] == 0, "an empty queue", 600)
             self.reader.close()
 

@@ -2,7 +2,7 @@
 
     python -m tests.proof.sweep [--sample N] [--scene NAME] [--call NAME] [--jobs N] [--seed N]
 
-Each scene is recorded twice under strace; each of its calls below the root is a point, which
+Each scene is recorded twice under strace; each of its calls for the root is a point, which
 is played again with SIGKILL at the call, or with EIO, ENOSPC or EINTR from it, as FAULTS has
 it.  What only one recording has is counted and left out.  Every point must fire.  After an
 error the daemon has to go on by itself, or end; then it is started again without strace, and
@@ -44,7 +44,7 @@ WRITING = (
 FAULTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(WRITING.split(","), ("KILL", "EIO", "ENOSPC", "EINTR")),
     **dict.fromkeys(("read", "pread64"), ("EIO", "EINTR")),
-    **dict.fromkeys(("getdents64", "newfstatat", "statx"), ("EIO",)),
+    **dict.fromkeys(("getdents64", "newfstatat", "statx", "fstat", "statfs"), ("EIO",)),
     "flock": ("ENOLCK", "EINTR"),
 }
 CALLS = ",".join(FAULTS)
@@ -108,14 +108,20 @@ def _wait_then(gate: int, ours: int, place: Place, scene: scenes.Scene) -> NoRet
 
 
 def calls(lines: list[str], root: Path) -> list[tuple[str, int, bool]]:
-    """Each call: its name, its number among those of its name, and whether it is below the root."""
+    """Each call: its name, its number among those of its name, and whether it is at the root
+    or below it."""
     found: list[tuple[str, int, bool]] = []
     numbers: Counter[str] = Counter()
     for line in lines:
         if name := _CALL.match(line):
             numbers[name[1]] += 1
-            found.append((name[1], numbers[name[1]], f"{root}/" in line))
+            found.append((name[1], numbers[name[1]], is_ours(line, root)))
     return found
+
+
+def is_ours(line: str, root: Path) -> bool:
+    """Also of the root itself, whose names are synced, and whose file system is asked for room."""
+    return any(f"{root}{end}" in line for end in '/">')
 
 
 def points(template: Template, recordings: int) -> tuple[list[Point], int]:
@@ -143,7 +149,7 @@ def fired(point: Point, status: int, lines: list[str], root: Path) -> bool:
     if point.fault == "KILL":
         found = calls(lines, root)
         return os.WTERMSIG(status) == signal.SIGKILL and found[-1] == (point.call, point.when, True)
-    return any("(INJECTED)" in line and f"{root}/" in line for line in lines)
+    return any("(INJECTED)" in line and is_ours(line, root) for line in lines)
 
 
 def play(template: Template, point: Point) -> tuple[list[str], int]:
@@ -267,7 +273,7 @@ def jobs(args: argparse.Namespace, seed: str) -> tuple[Counter[str], list[str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="a fault at every system call")
+    parser = argparse.ArgumentParser(description="a fault at every call for a file of ours")
     parser.add_argument("--sample", type=int, help="that many points, by chance; else all")
     parser.add_argument("--scene", action="append", choices=list(SCENES))
     parser.add_argument("--call", action="append", choices=list(FAULTS))

@@ -3,6 +3,10 @@
 Task files of each form, codexd.yaml, what Codex prints, and each file of the state. What
 the tests of the rooms do with a hundred examples each is done here with as many as the
 level asks for, half of them changed from files that are good.
+
+What a door refuses is malformed, and counted.  What Codex prints, and the records of
+READ_ANYWAY, nobody refuses, by design: there an input is damaged because it was changed
+until it is none of the good ones, and its reader makes of it what it can.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -32,8 +36,10 @@ from tests.test_bad_input import FILES
 
 pytestmark = [pytest.mark.xdist_group("generated"), pytest.mark.timeout(pick(120, 3600, 6 * 3600))]
 
-EACH = pick(1000, 10_000, 100_000)  # of each of the five doors
+EACH = pick(1200, 10_000, 180_000)  # inputs of task files, codexd.yaml, events, states, ledgers
+REFUSED = pick(2500, 25_000, 500_000)  # malformed ones in all, at least, that a door refused
 STARTS = pick(5, 40, 400)  # whole daemons on a state that was changed at random
+LONGEST = 3000  # characters of a reason; a ledger has many
 SLOW = 1.0  # seconds of processor time
 ROOM = 256 << 20  # bytes that a door may need
 
@@ -67,34 +73,56 @@ def changed(data: bytes, chance: random.Random) -> bytes:
     return bytes(found)
 
 
-def generated(good: list[bytes], chance: random.Random, count: int) -> Iterator[bytes]:
+def generated(
+    good: list[bytes], chance: random.Random, count: int, opening: bytes
+) -> Iterator[bytes]:
     for number in range(count):
         if number % 2:
-            yield b"".join(chance.choices(_WORDS, k=chance.randint(0, 30)))
+            yield opening + b"".join(chance.choices(_WORDS, k=chance.randint(0, 30)))
         else:
             yield changed(chance.choice(good), chance)
 
 
 # What a reason must name: a place, a size, a key with what is wrong, or the whole file.
+_KEYS = "|".join(map(re.escape, {*taskfile.KEYS, *config.keys()}))
 _NAMES = re.compile(
     r"\b(?:line|byte|char|column) \d|end of document|^:\d+: |\d+ bytes|^the file is|"
-    r"^no prompt|^[a-z_.]+: |\.(?:json|toml|yaml): |^session [^:]+: |"
-    r"^(?:sandbox|workdir|limits|after|verify|prompt)\b"
+    rf"^no prompt|^not valid JSON: nested too deep$|^(?:{_KEYS}): |\.(?:json|toml|yaml): |"
+    r"^session good: "
 )
+
+
+@dataclass
+class Count:
+    """Of a door: its inputs, those that it refused, and those that are none of its good ones."""
+
+    inputs: int = 0
+    refused: int = 0
+    damaged: int = 0
 
 
 class Door:
     """One way in: fed, timed, and asked what it made of each."""
 
-    def __init__(self, name: str, good: list[bytes], take: Callable[[bytes], str | None]) -> None:
-        """`take` gives the reason of a refusal, None if it was taken."""
+    def __init__(
+        self,
+        name: str,
+        good: list[bytes],
+        take: Callable[[bytes], str | None],
+        *,
+        opening: bytes = b"",
+        least: float = 0.5,
+    ) -> None:
+        """`take` gives the reason of a refusal, None if it was taken.  `opening` is what it
+        needs to look at what follows; `least` is the part that it has to refuse."""
         self.name, self.good, self.take = name, good, take
+        self.opening, self.least = opening, least
 
-    def run(self, figure: Figures, count: int = EACH) -> None:
-        chance = chances(self.name)
-        worst, refused = 0.0, 0
+    def run(self, figure: Figures, count: int) -> Count:
+        chance, found = chances(self.name), Count(count)
+        worst = 0.0
         before = reset_peak()
-        for data in generated(self.good, chance, count):
+        for data in generated(self.good, chance, count, self.opening):
             began = time.thread_time()
             try:
                 reason = self.take(data)
@@ -103,14 +131,19 @@ class Door:
                 raise
             # What others do meanwhile on the machine is no time of ours.
             worst = max(worst, time.thread_time() - began)
-            refused += reason is not None
-            assert reason is None or _NAMES.search(reason), (data, reason)
+            found.refused += reason is not None
+            found.damaged += data not in self.good
+            if reason is not None:
+                assert _NAMES.search(reason), (data, reason)
+                assert len(reason) < LONGEST, "a reason is for people"
         grown = peak() - before
-        figure(f"generated: {self.name}: inputs, refused", (count, refused))
+        figure(f"generated: {self.name}: inputs, refused", (count, found.refused))
         figure(f"generated: {self.name}: worst CPU ms, grown MiB",
                (round(1000 * worst, 1), grown >> 20))  # fmt: skip
         assert worst < SLOW, "one took too long"
         assert grown < ROOM
+        assert found.refused >= self.least * count, "too many are good"
+        return found
 
 
 def _status(name: str) -> int:
@@ -131,27 +164,35 @@ def peak() -> int:
 
 # --- the doors --------------------------------------------------------------------------
 
-GOOD_TASKS = [
-    b"---\nsession: web\nworkdir: ~/src\ntimeout: 30m\npriority: 7\n---\nFix the links.\n",
-    b"---\nafter: [a, b]\nnot_before: 2026-11-24T02:00\nverify: {command: make, rounds: 2}\n---\nx",
-    b"prompt: |\n  Do this,\n  and that.\nimages: [a.png]\nlimits: {memory: 2G, cpu: 50%}\n",
-    b'{"prompt": "x", "key": "k", "resume": "never", "attempts": 3, "memory": false}',
-    *(text.encode() if isinstance(text, str) else text for text, _ in FILES.values()),
-]
+GOOD_TASKS = {
+    "md": [
+        b"---\nsession: web\nworkdir: ~/src\ntimeout: 30m\npriority: 7\n---\nFix the links.\n",
+        b"---\nafter: [a, b]\nnot_before: 2026-11-24T02:00\nverify: {command: make}\n---\nx",
+    ],
+    "yaml": [
+        b"prompt: |\n  Do this,\n  and that.\nimages: [a.png]\nlimits: {memory: 2G, cpu: 50%}\n",
+    ],
+    "json": [b'{"prompt": "x", "key": "k", "resume": "never", "attempts": 3, "memory": false}'],
+    "txt": [b"Fix the links.\n"],
+}
+_ALIKE = 10  # the bad ones, of which there are more, are not to be all that is changed
+GOOD_TASKS = {form: good * _ALIKE for form, good in GOOD_TASKS.items()}
+for _name, (_text, _) in FILES.items():
+    if (_form := _name.rpartition(".")[2]) in GOOD_TASKS:
+        GOOD_TASKS[_form].append(_text.encode() if isinstance(_text, str) else _text)
 
 
-def task_file(data: bytes) -> str | None:
-    for name in ("t.md", "t.yaml", "t.json", "t.txt"):
+def task_file(form: str) -> Callable[[bytes], str | None]:
+    def take(data: bytes) -> str | None:
         try:
-            found = taskfile.parse(name, data)
+            found = taskfile.parse(f"t.{form}", data)
         except taskfile.Refused as why:
-            reason = str(why)
-            assert len(reason) < 2000, "a reason is for people"
-        else:
-            assert found.prompt.strip()
-            assert taskfile.parse("t.json", taskfile.dump(replace(found))) == found
-            return None
-    return reason
+            return str(why)
+        assert found.prompt.strip()
+        assert taskfile.parse("t.json", taskfile.dump(found)) == found
+        return None
+
+    return take
 
 
 def configuration(where: Path) -> Callable[[bytes], str | None]:
@@ -174,6 +215,10 @@ def stream(data: bytes) -> str | None:
     reader.feed(data)
     reader.finish()
     return None
+
+
+# Those that their readers take, whatever is in them.
+READ_ANYWAY = ("result.json", "events.jsonl", "exit record", "transcript", "heartbeat")
 
 
 def state_files(dirs: Directories) -> dict[str, tuple[Path, Callable[[], object]]]:
@@ -270,30 +315,50 @@ def ledgers(where: Path) -> Callable[[bytes], str | None]:
     return take
 
 
-def test_task_files(figure: Figures) -> None:
-    Door("task file", GOOD_TASKS, task_file).run(figure)
+def task_files() -> Iterator[tuple[Door, int]]:
+    """A door for each form: what one takes, the others need not."""
+    for form, good in GOOD_TASKS.items():
+        # In Markdown without front matter, as in plain text, nothing but bytes can be wrong.
+        opening, least = b"---\n" if form == "md" else b"", 0.0 if form == "txt" else 0.5
+        door = Door(f"task file, {form}", good, task_file(form), opening=opening, least=least)
+        yield door, EACH // 16 if form == "txt" else 5 * EACH // 16
 
 
-def test_configuration(tmp_path: Path, figure: Figures) -> None:
+def configurations(where: Path) -> Iterator[tuple[Door, int]]:
     shipped = Path(__file__).resolve().parents[2] / "config" / "codexd.yaml"
     bare = b"\n".join(line.removeprefix(b"# ") for line in shipped.read_bytes().splitlines())
     good = [shipped.read_bytes(), bare, b"workers: 2\non: {done: [a, b]}\nretry: {base: 1s}\n"]
-    Door("codexd.yaml", good, configuration(tmp_path)).run(figure)
+    yield Door("codexd.yaml", good, configuration(where)), EACH
 
 
-def test_what_codex_prints(figure: Figures) -> None:
-    Door("event stream", [r.stdout[:20_000] for r in RECORDINGS.values()], stream).run(figure)
-
-
-def test_state_files(tmp_path: Path, figure: Figures) -> None:
-    dirs = lived(tmp_path / "root").dirs
+def states(dirs: Directories) -> Iterator[tuple[Door, int]]:
     dirs.exits.mkdir(exist_ok=True)
     (dirs.exits / ident("result")).write_text(EXIT)
     (dirs.codex_home / "config.toml").write_text('[model_providers.a]\nenv_key = "A_KEY"\n')
     found = state_files(dirs)
     for name, (path, read) in found.items():
+        least = 0.0 if name in READ_ANYWAY else 0.5
         good = path.read_bytes()[:20_000]
-        Door(name, [good], state_file(path, read)).run(figure, EACH // len(found))
+        yield Door(name, [good], state_file(path, read), least=least), EACH // len(found)
+
+
+def test_every_door(tmp_path: Path, figure: Figures) -> None:
+    dirs = lived(tmp_path / "root").dirs
+    lines = dirs.ledger.read_bytes()
+    printed = [recording.stdout[:20_000] for recording in RECORDINGS.values()]
+    doors = [
+        *task_files(),
+        *configurations(tmp_path),
+        (Door("event stream", printed, stream, least=0.0), EACH),
+        *states(dirs),
+        (Door("ledger", [lines, lines[:900]], ledgers(tmp_path)), EACH),
+    ]
+    counts = [(door, door.run(figure, count)) for door, count in doors]
+    refused = sum(count.refused for _, count in counts)
+    anyway = sum(c.damaged for d, c in counts if d.name in (*READ_ANYWAY, "event stream"))
+    figure("generated: malformed: refused with a reason, in all", refused)
+    figure("generated: damaged: read for all that, in all", anyway)
+    assert refused >= REFUSED
 
 
 EXIT = """\
@@ -307,11 +372,6 @@ usage_usec 1500000
 [io.stat]
 8:0 rbytes=4096 wbytes=8192
 """
-
-
-def test_ledger(tmp_path: Path, figure: Figures) -> None:
-    lines = lived(tmp_path / "root").dirs.ledger.read_bytes()
-    Door("ledger", [lines, lines[:900]], ledgers(tmp_path)).run(figure)
 
 
 # --- whole daemons ------------------------------------------------------------------------

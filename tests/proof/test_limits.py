@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 from codexd import clock as times
-from codexd.ledger import Ledger, LedgerFull
+from codexd.ledger import Ledger, LedgerFull, parse
+from codexd.model import Event
 from tests.daemon import until
 from tests.history import ident
 from tests.history import queued as queued_task
@@ -70,8 +71,33 @@ class Bounded(Mortal):
 def works(daemon: Mortal, name: str, seconds: float = 30.0) -> None:
     """One task from its file to its answer, and nothing is wrong any more."""
     daemon.drop(f"{name}.md", "x")
+    worked(daemon, name, seconds)
+
+
+def worked(daemon: Mortal, name: str, seconds: float = 30.0) -> None:
     assert daemon.answer(name, seconds)[1] == "fine\n"
     until(lambda: daemon.health()["status"] == "ok", "health: ok", seconds)
+
+
+def is_seen(daemon: Bounded, name: str) -> None:
+    """A file is a task, by the ledger, as soon as is promised.  In `make test`, where
+    everything else runs beside it, without what the daemon waited for a processor."""
+    dropped, waited = time.time(), starved(daemon.pid)
+    daemon.drop(f"{name}.md", "x")
+
+    def accepted() -> list[Event]:
+        events = map(parse, daemon.dirs.ledger.read_bytes().splitlines(keepends=True)[1:])
+        return [event for event in events if event.facts.get("file") == f"{name}.md"]
+
+    (event, *_) = until(accepted, f"a task of {name}")
+    took = times.epoch(event.at) - dropped
+    took -= pick(starved(daemon.pid) - waited, 0.0, 0.0)
+    assert took <= SEEN
+
+
+def starved(pid: int) -> float:
+    """Seconds that a process was ready to run, and others ran."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 def complains(daemon: Mortal, text: str) -> None:
@@ -185,8 +211,8 @@ def test_without_inotify(tmp_path: Path) -> None:
         assert told["watch"] == "polling", told
         assert "inotify" in str(told["watch_problem"]), told
         assert told["status"] == "ok", "polling alone is no failure"
-        daemon.drop("a.md", "x")
-        assert daemon.answer("a", SEEN + 20)[1] == "fine\n"
+        is_seen(daemon, "a")
+        assert daemon.answer("a")[1] == "fine\n"
         inside = ["nsenter", "--user", "--preserve-credentials", f"--target={daemon.pid}"]
         subprocess.run([*inside, "sh", "-c", f"echo 64 >{INSTANCES}"], check=True)
         until(lambda: daemon.health()["watch"] == "inotify", "inotify again")
@@ -201,7 +227,8 @@ def test_another_inbox_in_its_place(tmp_path: Path) -> None:
         for number in range(3):
             daemon.dirs.inbox.rename(tmp_path / f"old-{number}")
             shutil.copytree(tmp_path / f"old-{number}", daemon.dirs.inbox)
-            works(daemon, f"t{number}", SEEN + 10)
+            is_seen(daemon, f"t{number}")
+            worked(daemon, f"t{number}")
         (daemon.dirs.inbox).rmdir()
         complains(daemon, "inbox")
         daemon.dirs.inbox.mkdir()
@@ -345,8 +372,9 @@ def test_a_flood_while_nobody_watches(tmp_path: Path, figure: Figures) -> None:
         for number in range(FLOOD):
             (daemon.dirs.inbox / f"f{number:05}.md").write_text("x")
         dropped = time.monotonic()
+        known = Known(daemon)
         os.kill(daemon.pid, signal.SIGCONT)
-        seen = waited(lambda: known(daemon) >= FLOOD, dropped)
+        seen = waited(known, dropped)
         whole = waited(lambda: queued(daemon) >= QUEUE, dropped, 800)
         rest = sum(name[0] != "." for name in os.listdir(daemon.dirs.inbox))
         assert queued(daemon) + rest == FLOOD
@@ -357,10 +385,24 @@ def test_a_flood_while_nobody_watches(tmp_path: Path, figure: Figures) -> None:
     assert seen <= SEEN
 
 
-def known(daemon: Mortal) -> int:
-    """What the daemon has seen of all files, by one sign of life."""
-    told = daemon.health()
-    return int(told["seen"]) + int(told["queued"])
+class Known:
+    """Whether the daemon has seen the whole flood, by two signs of life.
+
+    `seen` is from the begin of a round, `queued` from its end: what was taken in between is
+    not to be counted twice.
+    """
+
+    def __init__(self, daemon: Mortal) -> None:
+        self.daemon = daemon
+        self.before = daemon.health()
+
+    def __call__(self) -> bool:
+        told = self.daemon.health()
+        if told["at"] == self.before["at"]:
+            return False
+        count = int(told["seen"]) + int(self.before["queued"])
+        self.before = told
+        return count >= FLOOD
 
 
 def queued(daemon: Mortal) -> int:
@@ -373,7 +415,7 @@ def waited(look: Callable[[], bool], since: float, seconds: float = 60.0) -> flo
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-@pytest.mark.parametrize("days", pick([-1], [-1, 1], [-1, 1]))
+@pytest.mark.parametrize("days", [-1, 1])
 def test_a_clock_that_is_set(tmp_path: Path, days: int) -> None:
     """Only the wall clock: what waits for a span goes on, and no turn is ended by it."""
     clock = Shifted(tmp_path)

@@ -6,9 +6,11 @@ The seed is printed with the figures: SEED=… in the environment plays a run ag
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import pytest
 
 from tests.daemon import PYTHON, uncovered, until
 from tests.processes import kill
-from tests.proof import oracle, powercut
+from tests.proof import oracle, powercut, soak
 from tests.proof.level import Figures, pick, seed
 from tests.proof.place import TOP, Place
 
@@ -90,6 +92,44 @@ def test_a_server_that_is_killed_while_it_starts_is_told(tmp_path: Path) -> None
     place.reap()
 
 
+GROWTH = {
+    **{name: f"{name} grew from " for name in (*soak.FLAT, "kept")},
+    "files": " files of 100 tasks that are kept",
+}
+
+
+def soaked(root: Path, hours: float, name: str = "threads", more: int = 0) -> list[str]:
+    """What the soak says of forty samples in so many hours, of which one figure grows."""
+    one = soak.Soak(root, random.Random(), 1.0)
+    one.daemon.log.touch()
+    flat = soak.Sample(0, *[100] * (len(fields(soak.Sample)) - 1))
+    for number in range(40):
+        now = {"minute": 1.5 * hours * number, name: 100 + number % 3 + more * number}
+        one.samples.append(replace(flat, **now))
+    return one.problems()
+
+
+@pytest.mark.parametrize("name", GROWTH)
+def test_the_soak_finds_what_grows(tmp_path: Path, name: str) -> None:
+    (*_, problem) = soaked(tmp_path / "root", 40, name, 100)
+    assert GROWTH[name] in problem
+
+
+def test_the_soak_finds_nothing_else(tmp_path: Path) -> None:
+    assert soaked(tmp_path / "root", 40) == []
+    assert soaked(tmp_path / "root", 20, "kept", 100) == [], "retention has not begun"
+
+
+def test_more_at_once_than_there_are_slots_is_written_down(tmp_path: Path) -> None:
+    """The daemon believes in four, the fake in one."""
+    with Place(tmp_path, tmp_path / "root") as place:
+        place.work(1.0, 1.0, slots=1)
+        for number in (1, 2):
+            place.drop(f"{number}.md", f"[[proof m{number} -]]\n")
+        (told,) = until(lambda: place.lines("violations"), "a word of it")
+        assert told.endswith("/1 started while all of 1 slots was held")
+
+
 # --- the oracle itself -----------------------------------------------------------------
 
 
@@ -149,7 +189,7 @@ def said_twice(place: Place) -> None:
 
 
 def seen(place: Place) -> None:
-    (place.notes / "violations").write_text("X/1 started while session-s was at work\n")
+    (place.notes / "violations").write_text("X/1 started while session-s was held\n")
 
 
 def left_over(place: Place) -> None:
@@ -172,7 +212,7 @@ def test_the_oracle_finds_nothing_wrong(told: Place) -> None:
         (without_its_end, " ended 0 times"),
         (damaged, "seal"),
         (said_twice, " is in the transcripts 2 times"),
-        (seen, "X/1 started while session-s was at work"),
+        (seen, "X/1 started while session-s was held"),
         (left_over, "left in tasks/: 2026"),
     ],
 )
