@@ -651,6 +651,33 @@ printf . >> "$1/../told"
 """
 
 
+@pytest.mark.parametrize("what", ["link", "fifo", "directory"])
+def test_what_lies_in_the_place_of_its_output_does_no_harm(told: Told, what: str) -> None:
+    """A task without a sandbox may have put it there; only a directory cannot be replaced."""
+    (told.place / "down").touch()
+    with told.daemon as daemon:
+        daemon.drop("a.md", "hello")
+        shelves = daemon.dirs.archive
+        kept = until(lambda: next(shelves.glob("*/*/hook-done.log"), None), "it is tried")
+        assert daemon.stop() == 0
+        kept.unlink()
+        if what == "link":
+            kept.symlink_to(daemon.dirs.ledger)
+        elif what == "fifo":
+            os.mkfifo(kept)
+        else:
+            (kept / "x").mkdir(parents=True)
+        told.mend()
+        before = len(daemon.events())
+        daemon.start()
+        daemon.drop("b.md", "hello")
+        until(lambda: len(told.lines("told")) == 2, "both are told")
+        until(told.settled, "the ledger says so")
+        assert len(daemon.events()) > before
+        assert kept.is_dir() if what == "directory" else kept.read_text().endswith("told\n")
+        assert ("hook.unkept" in daemon.log.read_text()) == (what == "directory")
+
+
 def test_a_hook_that_is_no_longer_wanted_is_owed_nothing(told: Told) -> None:
     (told.place / "down").touch()
     with told.daemon as daemon:
