@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -676,6 +677,26 @@ def test_what_lies_in_the_place_of_its_output_does_no_harm(told: Told, what: str
         assert len(daemon.events()) > before
         assert kept.is_dir() if what == "directory" else kept.read_text().endswith("told\n")
         assert ("hook.unkept" in daemon.log.read_text()) == (what == "directory")
+
+
+def test_its_output_waits_for_a_host_that_has_no_room_for_it(tmp_path: Path) -> None:
+    """Nor for anything else: here, without a descriptor that is free."""
+    dirs = Directories.below(tmp_path)
+    spool.prepare(dirs)
+    (dirs.tasks / A).mkdir()
+    ledger = Ledger(dirs.ledger, dirs.checkpoint)
+    log = (lambda *_, **__: None,) * 3
+    hooks = Hooks(read(tmp_path, "on:\n  done: /bin/true\n"), ledger, False, *log)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            hooks._keep(owed(A), "told\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    hooks._keep(owed(A), "told\n")
+    assert (dirs.tasks / A / "hook-done.log").read_text() == "told\n"
+    ledger.close()
 
 
 def test_a_hook_that_is_no_longer_wanted_is_owed_nothing(told: Told) -> None:
