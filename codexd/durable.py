@@ -125,7 +125,7 @@ def write(path: str | os.PathLike[str], data: bytes, mode: int = 0o640) -> None:
     directory, name = os.path.split(os.fspath(path))
     # A name has at most 255 bytes, and a character up to four.
     aside = os.path.join(directory, f".{name[:60]}.{os.getpid()}.tmp")
-    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    fd = _made(aside, mode)
     try:
         try:
             write_all(fd, data)
@@ -139,6 +139,16 @@ def write(path: str | os.PathLike[str], data: bytes, mode: int = 0o640) -> None:
             problem.filename, problem.filename2 = problem.filename2, None
         raise
     sync_directory(directory or ".")
+
+
+def _made(path: str, mode: int) -> int:
+    """A new file to write, whatever lies in its place: debris, or what others put there."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, mode)
+    except FileExistsError:
+        os.unlink(path)
+        return os.open(path, flags, mode)
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, object]) -> None:

@@ -102,15 +102,15 @@ class Keeper:
         old = self.closed.get(reason)
         if old and all(old.get(k) == v for k, v in facts.items()):
             return
-        if reason in BY_HAND:
-            self.told("gate.closed", **facts)
-        else:
-            self.warn("gate.closed", **facts)
         try:
             self.ledger.append([Event(clock.now(), Note.CLOSED, facts=facts)])
             self._unwritten.pop(reason, None)
         except LedgerFull:
             self._unwritten[reason] = {**facts, "since": clock.now()}
+        if reason in BY_HAND:
+            self.told("gate.closed", **facts)
+        else:
+            self.warn("gate.closed", **facts)
 
     def open(self, reason: str, by: str | None = None) -> None:
         """`by` is the task that showed that it is over."""
@@ -208,16 +208,19 @@ class Keeper:
         self._look_at = 0.0
 
     def look(self, now: float) -> None:
-        """Whether Codex and the disk are as they must be."""
+        """Whether Codex and the disk are as they must be.
+
+        What reads files of Codex comes last: a disk may refuse that in every round.
+        """
         self._look_at_disk()
         self._write_down()
         if now >= self._look_at or not self.binary:
             self._look_at = now + _LOOK
             self._look_for_codex(now)
-        self._look_at_login()
-        self._look_at_profile()
         self._look_at_budget(time.time())
         self._look_at_users()
+        self._look_at_login()
+        self._look_at_profile()
 
     def _write_down(self) -> None:
         """Say in the ledger what it had no room for."""

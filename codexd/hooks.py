@@ -136,8 +136,7 @@ class Hooks:
     def _ended(self, one: Owed, problem: str | None, output: str, now: float) -> None:
         """One run is over: keep its output, then the ledger's line, then forget it."""
         if one.occasion.of_task:
-            head = f"{clock.now()} {one.key}: {problem or 'told'}\n"
-            place.keep(self.dirs, one.id, f"hook-{one.occasion}.log", head + output)
+            self._keep(one, f"{clock.now()} {one.key}: {problem or 'told'}\n{output}")
         if problem is None:
             self.ledger.append([_line(Note.TOLD, one)])
             self._hooks[one.occasion] = _Hook()
@@ -146,6 +145,15 @@ class Hooks:
             self._failed(one, problem, output, now)
         del self._running[one.key]
         errands.end(self._place(one))
+
+    def _keep(self, one: Owed, text: str) -> None:
+        """In its task's directory, where anything may be in the way: that is its own trouble."""
+        try:
+            place.keep(self.dirs, one.id, f"hook-{one.occasion}.log", text)
+        except OSError as error:
+            if error.errno in spool.FULL:
+                raise
+            self.warn("hook.unkept", task=one.id, hook=one.key, why=sentence(error))
 
     def _failed(self, one: Owed, problem: str, output: str, now: float) -> None:
         said = output.strip().rpartition("\n")[2]

@@ -110,7 +110,9 @@ def hold_start(home: str, deadline: float, pause: Callable[[float], None] = time
 def _open(home: str, name: str) -> int:
     directory = os.path.join(home, ".codexd")
     os.makedirs(directory, 0o700, exist_ok=True)
-    return os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    # No link: CODEX_HOME is for Codex to write, and the master may make files in more places.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    return os.open(os.path.join(directory, name), flags, 0o600)
 
 
 def _taken(

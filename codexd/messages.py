@@ -25,6 +25,7 @@ IDS: dict[str, str] = {
     "gate.opened": "1e191d2429d24d63b84519fc416379d6",
     "hook.failed": "5b76e29c39624bfdbd97dea9b203f2e3",
     "hook.told": "cec39bf5741b4c0b97d0385166a76e03",
+    "hook.unkept": "e4f616bdb3b94b4db72b47ec8ceda904",
     "hook.untold": "0a494f5dd3f842e9bad006f76e352d26",
     "host.refuses": "9250aa3dc9244c1f9d0b45640f47ded5",
     "http.died": "a546acbffdb1444a98bab36727574774",

@@ -9,6 +9,7 @@ Raises OSError for what the host refuses, ValueError for a damaged file.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -65,6 +66,8 @@ def begin_attempt(dirs: Directories, id: str, number: int, orders: dict[str, obj
     """
     place = attempt(dirs, id, number)
     place.mkdir(mode=_MODE, exist_ok=True)
+    if place.is_symlink():  # put there by the attempt before: it may lead anywhere
+        raise durable.NotAFile(errno.EEXIST, "a symbolic link", os.fspath(place))
     fd = durable.opened(place / "attempt.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     with open(fd, "w", encoding="utf-8") as file:
         json.dump(orders, file, indent=1)
@@ -162,7 +165,7 @@ def keep(dirs: Directories, id: str, name: str, text: str) -> None:
     """A note beside an ended task, in place of one of that name; none where it is gone."""
     for home in (archived(dirs, id), dirs.tasks / id):
         if durable.is_directory(home):
-            (home / name).write_text(text, "utf-8", "replace")
+            durable.write(home / name, text.encode("utf-8", "replace"))
             return
 
 

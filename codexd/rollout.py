@@ -19,7 +19,7 @@ import os
 import re
 import time
 
-from codexd import sane
+from codexd import durable, sane
 from codexd.events import THREAD_PATTERN, as_text
 
 TYPE_CHECKING = False
@@ -91,7 +91,7 @@ def _lines(path: str) -> Iterator[bytes]:
 
     They come twice where the short look did not satisfy the reader.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=durable.opened) as file:
         size = file.seek(0, os.SEEK_END)
         for tail in _TAILS:
             start = max(0, size - tail)

@@ -1,8 +1,8 @@
 """An attempt up to the start of Codex: what was ordered, whether it can work, what Codex is given.
 
 Part of the worker.  Owns tasks/ID/N but for what Codex prints; `rounds` goes on from
-here.  Raises Unfit, ValueError, OSError or lock.Locked where Codex cannot be started,
-Unsafe where it must not be, and Halted where it should not be any more; `why_not` says
+here.  Raises Unfit, Unreachable, ValueError, OSError or lock.Locked where Codex cannot be
+started, Unsafe where it must not be, and Halted where it should not be any more; `why_not` says
 what that comes to.  Untold where that cannot be written down.
 
 Leaner than lean: every task waits for it.
@@ -30,6 +30,10 @@ START_WAIT = 30.0  # seconds to wait for other starts on this CODEX_HOME; then i
 
 class Unfit(Exception):
     """The task cannot work here; the text says what to mend."""
+
+
+class Unreachable(Exception):
+    """The host cannot say whether the task can work: its own directory is on a dead mount, say."""
 
 
 class Unsafe(Exception):
@@ -98,26 +102,35 @@ class Attempt:
     def below_roots(self, path: str, base: str, what: str) -> str:
         """`path` resolved, if it exists below a configured root."""
         full, why = _resolved(os.path.join(base, os.path.expanduser(path)))
-        roots = [_resolved(root)[0] for root in self.orders["workdirs"]]
+        roots, dead = self._roots()
         if not any(full == root or full.startswith(root.rstrip("/") + "/") for root in roots):
+            if dead:
+                raise dead
             raise Unfit(f"{what} {full} is not below a configured root ({', '.join(roots)})")
         if why:
             raise Unfit(f"{what} {full} {why}")
         return full
 
-    def workdir(self) -> str:
-        found = self.below_roots(self.orders["workdir"], "/", "workdir")
-        if not durable.is_directory(found):
-            raise Unfit(f"workdir {found} is not a directory")
-        return found
+    def _roots(self) -> tuple[list[str], Unreachable | None]:
+        """Without links; and what is said of one that cannot be looked at: it may be another's."""
+        roots, dead = [], None
+        for root in self.orders["workdirs"]:
+            try:
+                roots.append(_resolved(root)[0])
+            except Unreachable as problem:
+                dead = problem
+        return roots, dead
 
     def enter(self) -> None:
         """Be in the workdir: a turn may have put another directory in its place."""
-        self.cwd = self.workdir()
+        self.cwd = self.below_roots(self.orders["workdir"], "/", "workdir")
         try:
             os.chdir(self.cwd)
+        except NotADirectoryError:
+            raise Unfit(f"workdir {self.cwd} is not a directory") from None
         except OSError as problem:  # no fault of Codex's place or of the host at large
-            raise Unfit(f"workdir {self.cwd} cannot be entered: {problem.strerror}") from None
+            why = f"workdir {self.cwd} cannot be entered: {problem.strerror}"
+            raise (Unfit if problem.errno in _OF_THE_PATH else Unreachable)(why) from None
 
     def sandbox(self) -> str:
         """As ordered; a plain one where Codex does not heed ours, which keeps secrets.
@@ -267,20 +280,23 @@ class Attempt:
             raise Untold(f"{path} could not be written: {problem.strerror}") from problem
 
 
+# What is wrong with a path itself, and not with the disk that is asked for it.
+_OF_THE_PATH = durable.ABSENT | {errno.EACCES, errno.ENAMETOOLONG}
+
+
 def _resolved(path: str) -> tuple[str, str]:
     """`path` without links, and why nothing can be there, if so.
 
-    Raises OSError where it is the host that cannot say: that is no fault of the task.
+    Raises Unreachable where it is the host that cannot say: that is no fault of the task.
     """
     try:
         return os.path.realpath(path, strict=True), ""
     except OSError as problem:
+        if problem.errno not in _OF_THE_PATH:
+            raise Unreachable(f"{path} cannot be looked at: {problem.strerror}") from None
+        why = f"cannot be reached: {problem.strerror}"
         if problem.errno in durable.ABSENT:
             why = "does not exist"
-        elif problem.errno in (errno.EACCES, errno.ENAMETOOLONG):
-            why = f"cannot be reached: {problem.strerror}"
-        else:
-            raise
         return os.path.realpath(path), why
 
 
@@ -306,7 +322,7 @@ def why_not(problem: Exception) -> tuple[Outcome, str]:
         return Outcome.THREAD_BUSY, f"{problem} is written by another process"
     if isinstance(problem, OSError):
         return Outcome.HOST, f"cannot start Codex: {problem}"
-    if isinstance(problem, Unsafe):
+    if isinstance(problem, Unsafe | Unreachable):
         return Outcome.HOST, str(problem)
     if isinstance(problem, Halted):
         return Outcome.INTERRUPTED, str(problem)

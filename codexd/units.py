@@ -24,7 +24,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -121,9 +121,8 @@ class Units:
         self._calls.append(_Call(process, verb, ids, time.monotonic()))
 
     def _each(self, verb: str, ids: Iterable[str], *options: str) -> None:
-        every = list(ids)
-        for first in range(0, len(every), BATCH):
-            self._call(verb, every[first : first + BATCH], *options)
+        for batch in _batches(ids):
+            self._call(verb, batch, *options)
 
     def _ask(self) -> None:
         """Which workers are there?"""
@@ -203,18 +202,36 @@ class Units:
     # --- what the master does -----------------------------------------------------
 
     def start(self, ids: Iterable[str], limits: Mapping[str, Mapping[str, int]]) -> None:
-        fresh = list(ids)
-        for id in fresh:
-            (self._exits / id).unlink(missing_ok=True)
-            self._over.discard(id)
-            self._started.discard(id)
-            self._stopped.discard(id)
-            self._refused.pop(id, None)
-            self._alive[id] = time.monotonic()
-            if id in limits:
-                text = "".join(f"{name}={value}\n" for name, value in limits[id].items())
-                (self._limits / id).write_text(text)
-        self._each("start", fresh, "--no-block")
+        able = []
+        for id in ids:
+            try:
+                self._prepare(id, limits.get(id))
+                able.append(id)
+            except OSError as error:
+                self._refuse([id], error)
+        for batch in _batches(able):
+            try:
+                self._call("start", batch, "--no-block")
+            except OSError as error:  # there is no systemctl, or no process can be made
+                self._refuse(batch, error)
+
+    def _prepare(self, id: str, limits: Mapping[str, int] | None) -> None:
+        (self._exits / id).unlink(missing_ok=True)
+        self._over.discard(id)
+        self._started.discard(id)
+        self._stopped.discard(id)
+        self._refused.pop(id, None)
+        self._alive[id] = time.monotonic()
+        if limits:
+            text = "".join(f"{name}={value}\n" for name, value in limits.items())
+            (self._limits / id).write_text(text)
+
+    def _refuse(self, ids: Iterable[str], error: OSError) -> None:
+        """None of them was started; the ledger has them as running."""
+        for id in ids:
+            self._alive.pop(id, None)
+            self._over.add(id)
+            self._refused[id] = str(error)
 
     def refusal(self, id: str) -> str | None:
         return self._refused.pop(id, None)
@@ -276,6 +293,12 @@ def _systemctl(dirs: Directories) -> list[str]:
 
 def unit(id: str) -> str:
     return f"codexd-worker@{id}.service"
+
+
+def _batches(ids: Iterable[str]) -> Iterator[list[str]]:
+    every = list(ids)
+    for first in range(0, len(every), BATCH):
+        yield every[first : first + BATCH]
 
 
 def _listed(said: bytes) -> dict[str, tuple[str, str]]:

@@ -462,6 +462,16 @@ def test_what_was_used_is_unknown_where_rollouts_cannot_be_read(tmp_path: Path) 
     assert codex.Meter(str(tmp_path), THREAD).look(THREAD) == 0
 
 
+@pytest.mark.timeout(60)
+def test_what_has_taken_the_place_of_a_rollout_is_not_waited_for(tmp_path: Path) -> None:
+    path = rollout(tmp_path, THREAD, ended("x"))
+    meter = codex.Meter(str(tmp_path), THREAD)
+    meter.look(THREAD)
+    path.unlink()
+    os.mkfifo(path)
+    assert meter.look(THREAD) == 0
+
+
 # --- the worker must start fast -----------------------------------------------
 
 

@@ -118,6 +118,17 @@ def test_a_link_in_the_place_of_the_file_is_replaced_not_followed(tmp_path: Path
     assert not (tmp_path / "f").is_symlink()
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", ["link", "fifo", "socket"])
+def test_what_lies_in_the_place_of_the_file_aside_is_replaced(tmp_path: Path, what: str) -> None:
+    """Its name can be guessed by whoever else writes there."""
+    make(tmp_path / f".f.{os.getpid()}.tmp", what)
+    durable.write(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"new"
+    assert what != "link" or (tmp_path / "target").read_bytes() == b"{}"
+    assert not list(tmp_path.glob(".f.*"))
+
+
 # --- reading ----------------------------------------------------------------------
 
 

@@ -340,6 +340,19 @@ def test_without_room_in_the_ledger_the_file_itself_remembers_a_hold(tmp_path: P
     assert list(one.ledger.book.gate) == ["hold"]
 
 
+def test_what_closes_the_gate_is_in_the_ledger_before_it_is_said(tmp_path: Path) -> None:
+    """But for want of room there; then it is said all the same, and holds."""
+    one, said = Waiting(tmp_path), []
+    path = one.keeper.ledger.path
+    one.keeper.warn = lambda event, **_: said.append((event, "Not logged in" in path.read_text()))
+    with no_room(path):
+        one.keeper.met(Outcome.AUTH, "Not logged in")
+        assert said == [("gate.closed", False)]
+    one.keeper.open("auth")
+    one.keeper.met(Outcome.AUTH, "Not logged in")
+    assert said[1:] == [("gate.closed", True)]
+
+
 def test_without_room_in_the_ledger_a_cancel_stops_the_task_that_fills_the_disk(
     tmp_path: Path,
 ) -> None:

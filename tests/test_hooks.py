@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -650,6 +651,53 @@ cd "$1/${CODEXD_EVENT_ID%%.*}" || exit 1
 mkdir "$1/../first" 2> /dev/null && exec chmod 0 .
 printf . >> "$1/../told"
 """
+
+
+@pytest.mark.parametrize("what", ["link", "fifo", "directory"])
+def test_what_lies_in_the_place_of_its_output_does_no_harm(told: Told, what: str) -> None:
+    """A task without a sandbox may have put it there; only a directory cannot be replaced."""
+    (told.place / "down").touch()
+    with told.daemon as daemon:
+        daemon.drop("a.md", "hello")
+        shelves = daemon.dirs.archive
+        kept = until(lambda: next(shelves.glob("*/*/hook-done.log"), None), "it is tried")
+        assert daemon.stop() == 0
+        kept.unlink()
+        if what == "link":
+            kept.symlink_to(daemon.dirs.ledger)
+        elif what == "fifo":
+            os.mkfifo(kept)
+        else:
+            (kept / "x").mkdir(parents=True)
+        told.mend()
+        before = len(daemon.events())
+        daemon.start()
+        daemon.drop("b.md", "hello")
+        until(lambda: len(told.lines("told")) == 2, "both are told")
+        until(told.settled, "the ledger says so")
+        assert len(daemon.events()) > before
+        assert kept.is_dir() if what == "directory" else kept.read_text().endswith("told\n")
+        assert ("hook.unkept" in daemon.log.read_text()) == (what == "directory")
+
+
+def test_its_output_waits_for_a_host_that_has_no_room_for_it(tmp_path: Path) -> None:
+    """Nor for anything else: here, without a descriptor that is free."""
+    dirs = Directories.below(tmp_path)
+    spool.prepare(dirs)
+    (dirs.tasks / A).mkdir()
+    ledger = Ledger(dirs.ledger, dirs.checkpoint)
+    log = (lambda *_, **__: None,) * 3
+    hooks = Hooks(read(tmp_path, "on:\n  done: /bin/true\n"), ledger, False, *log)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            hooks._keep(owed(A), "told\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    hooks._keep(owed(A), "told\n")
+    assert (dirs.tasks / A / "hook-done.log").read_text() == "told\n"
+    ledger.close()
 
 
 def test_a_hook_that_is_no_longer_wanted_is_owed_nothing(told: Told) -> None:

@@ -126,6 +126,15 @@ def test_one_writer_of_a_thread(tmp_path: Path) -> None:
     assert (tmp_path / ".codexd").stat().st_mode & 0o777 == 0o700
 
 
+def test_a_link_in_the_place_of_a_lock_makes_no_file_elsewhere(tmp_path: Path) -> None:
+    """What an unconfined task left in CODEX_HOME is opened by the master as well."""
+    (tmp_path / ".codexd").mkdir()
+    (tmp_path / ".codexd" / "starts.lock").symlink_to(tmp_path / "all.drain")
+    with pytest.raises(OSError, match="symbolic"):
+        lock.hold_start(str(tmp_path), 0)
+    assert not (tmp_path / "all.drain").exists()
+
+
 def test_many_threads_at_once(tmp_path: Path) -> None:
     ids = [f"019ab3f0-1111-7222-8333-{n:012x}" for n in range(0, 1 << 48, 1 << 44)]
     code = "for t in sys.argv[2:]: lock.hold_thread(sys.argv[1], t, 0)"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codexd import place, spool
+from codexd import durable, place, spool
 from codexd.config import Directories
 from codexd.place import Keyed
 
@@ -45,6 +45,19 @@ def test_an_attempt_s_orders_can_be_given_again(dirs: Directories, task: Path) -
     place.begin_attempt(dirs, ID, 2, {"attempt": 2})
     assert sorted(os.listdir(task)) == ["1", "2", "task.json"]
     assert json.loads((task / "1" / "attempt.json").read_text()) == {"attempt": 1, "thread": "T"}
+
+
+def test_no_orders_are_written_into_the_directory_of_another_task(
+    dirs: Directories, task: Path
+) -> None:
+    """The attempt before may have left a link; then only its own task is held up."""
+    (dirs.tasks / OTHER).mkdir()
+    place.begin_attempt(dirs, OTHER, 1, {"attempt": 1})
+    (task / "2").symlink_to(dirs.tasks / OTHER / "1")
+    with pytest.raises(durable.NotAFile, match="a symbolic link"):
+        place.begin_attempt(dirs, ID, 2, {"attempt": 2})
+    orders = dirs.tasks / OTHER / "1" / "attempt.json"
+    assert json.loads(orders.read_text()) == {"attempt": 1}
 
 
 def test_how_far_an_attempt_came(dirs: Directories, task: Path) -> None:

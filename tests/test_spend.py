@@ -290,6 +290,20 @@ def test_the_gate_is_closed_until_midnight(tmp_path: Path, zone: Callable[[str],
     ledger.close()
 
 
+def test_the_limit_of_a_day_holds_whatever_else_cannot_be_looked_at(tmp_path: Path) -> None:
+    """As of a failing disk; the name is one that no file system has."""
+    text = f"limits:\n  day_tokens: 110\ncodex:\n  home: /{'x' * 300}\n"
+    loaded = settings(tmp_path, text)
+    ledger = Ledger(loaded.dirs.ledger, loaded.dirs.checkpoint)
+    used = Spend(loaded.dirs.usage, Told())
+    keeper = Keeper(loaded, ledger, used, Told(), Told())
+    used.add(f"{ID}/1", None, None, USED, time.time())
+    with pytest.raises(OSError, match="too long"):
+        keeper.look(time.monotonic())
+    assert BUDGET in keeper.closed
+    ledger.close()
+
+
 def test_without_a_limit_it_opens_at_the_next_start(tmp_path: Path, zone: Any) -> None:
     loaded = settings(tmp_path)
     ledger = Ledger(loaded.dirs.ledger, loaded.dirs.checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from codexd import codex
 from codexd.exits import UNTOLD
 from codexd.model import Request
+from codexd.outcome import Outcome
 from codexd.processes import Processes
 from codexd.worker import STOPPED
 from tests.daemon import uncovered, until
@@ -169,6 +172,55 @@ def test_a_workdir_that_nobody_may_enter_is_config(tmp_path: Path) -> None:
     result = place.result()
     assert result["outcome"] == "config"
     assert result["message"] == f"workdir {tmp_path}/closed cannot be entered: Permission denied"
+
+
+# As of a network mount whose server is gone; the architectures differ in which of them there are.
+DEAD = "?lstat,?stat,?newfstatat,?statx,?readlink,?readlinkat,?chdir"
+stale = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace(1)")
+
+
+def beside_a_dead_mount(place: Place, dead: Path, calls: str = DEAD) -> dict[str, Any]:
+    """The result of a worker to which the disk says of `dead` that it is not there any more."""
+    inject = ["-e", f"trace={calls}", "-e", f"inject={calls}:error=ESTALE"]
+    strace = ["strace", "-qq", "-o", os.devnull, "-P", str(dead), *inject]
+    env = {**os.environ, "CODEX_FAKE_MODE": "answer"}
+    command = [*strace, *place.command()]
+    subprocess.run(command, env=env, stdin=subprocess.DEVNULL, check=True, timeout=60)
+    return place.result()
+
+
+@stale
+@pytest.mark.parametrize("first", [True, False])
+def test_a_root_on_a_dead_mount_holds_up_no_task_of_another(tmp_path: Path, first: bool) -> None:
+    roots = [str(tmp_path / "dead"), str(tmp_path / "work")]
+    place = Place(tmp_path, workdirs=roots if first else roots[::-1])
+    assert beside_a_dead_mount(place, tmp_path / "dead")["outcome"] == "done"
+
+
+@stale
+@pytest.mark.parametrize("what", ["workdir", "image", "directory", "root"])
+def test_what_a_task_has_on_a_dead_mount_is_its_own_trouble(tmp_path: Path, what: str) -> None:
+    """It is tried again, and nothing is held for all."""
+    dead = tmp_path / "dead"
+    changes: dict[str, dict[str, object]] = {
+        "workdir": {"workdir": str(dead), "workdirs": [str(tmp_path)]},
+        "image": {"request": {"images": [str(dead)]}},
+        "directory": {"request": {"add_dirs": [str(dead)]}},
+        "root": {"workdir": str(tmp_path), "workdirs": [str(dead)]},  # it may be a link to there
+    }
+    result = beside_a_dead_mount(Place(tmp_path, **changes[what]), dead)
+    assert result["outcome"] == "host"
+    assert result["message"] == f"{dead} cannot be looked at: Stale file handle"
+    assert not result["gate"]
+    assert not codex.is_general(Outcome.HOST, result["message"])
+
+
+@stale
+def test_a_workdir_that_goes_as_it_is_entered_is_tried_again(tmp_path: Path) -> None:
+    result = beside_a_dead_mount(Place(tmp_path), tmp_path / "work", "chdir")
+    assert result["outcome"] == "host"
+    assert result["message"] == f"workdir {tmp_path}/work cannot be entered: Stale file handle"
+    assert not codex.is_general(Outcome.HOST, result["message"])
 
 
 def test_notes_where_nobody_may_look_are_told(tmp_path: Path) -> None:
