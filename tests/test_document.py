@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import tracemalloc
 from enum import StrEnum
@@ -195,11 +196,12 @@ BOMB = "a: &a [x]\n" + "\n".join(f"k{i}: &k{i} [*a, *a, *a, *a, *a, *a, *a, *a]"
     ids=lambda text: f"{text[:12]}-{len(text)}",
 )
 def test_hostile_texts_are_refused_quickly(text: str) -> None:
+    most = 1 if sys.gettrace() is None else 5  # seconds; coverage counts each line that is run
     for parse in (parse_yaml, parse_json):
         began = time.thread_time()
         with pytest.raises(DocumentError):
             parse(text)
-        assert time.thread_time() - began < 1, parse
+        assert time.thread_time() - began < most, parse
 
 
 def test_a_large_json_string_is_read_quickly() -> None:

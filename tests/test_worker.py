@@ -377,7 +377,7 @@ def test_a_codex_that_cannot_be_watched_is_ended(tmp_path: Path) -> None:
         _, told = worker.communicate(timeout=30)
         assert f"Is a directory: '{place.attempt}/events.jsonl'" in told
         assert (worker.returncode, told.count("\n")) == (UNTOLD, 1)
-        assert not codex_of(ID)
+        until(lambda: not codex_of(ID), "its end: it was killed as the worker left")
     finally:
         kill(codex_of(ID))
 
