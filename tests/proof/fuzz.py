@@ -10,6 +10,7 @@ is kept beside the seeds that it began with, and named.
 from __future__ import annotations
 
 import argparse
+import mmap
 import random
 import resource
 import shutil
@@ -21,15 +22,14 @@ from pathlib import Path
 
 import atheris
 
-from tests.proof.place import TOP, report, scratch, seed_of
-
-with atheris.instrument_imports(include=["codexd"]):
+with atheris.instrument_imports(include=["codexd"]):  # what is imported before it stays unseen
     from codexd import config, ledger, taskfile
     from codexd.config import ConfigError, Directories
     from codexd.events import Reader
     from codexd.framing import BODY_LIMIT, Exchange, Problem
     from codexd.ledger import Follower, LedgerBroken
     from codexd.routes import admit
+    from tests.proof.place import TOP, report, scratch, seed_of
 
 Take = Callable[[bytes], object]
 LONGEST = 8192  # bytes of an input
@@ -185,10 +185,17 @@ DOORS: dict[str, tuple[Callable[[Path], Take], list[str]]] = {
 # --- the runs ---------------------------------------------------------------------------
 
 
-def bounded(take: Take) -> Take:
-    """The same, but whatever takes too long or too much memory is found, too."""
+def bounded(take: Take, count: Path) -> Take:
+    """The same, but whatever takes too long or too much memory is found, too.
+
+    `count` has how many it were: libFuzzer ends the process, and nothing else can tell.
+    """
+    count.write_bytes(bytes(8))
+    with open(count, "r+b") as file:
+        told = mmap.mmap(file.fileno(), 8)
 
     def taken(data: bytes) -> None:
+        told[:] = (int.from_bytes(told[:], "little") + 1).to_bytes(8, "little")
         most, had, began = peak(), resident(), time.thread_time()
         take(data)
         assert time.thread_time() - began < SLOW, "it took too long"
@@ -217,27 +224,28 @@ def enter(door: str, where: Path, runs: int, seed: int) -> None:
         path.mkdir()
     for number, text in enumerate(good):
         (corpus / str(number)).write_text(text)
-    take = bounded(make(where / "root"))
+    take = bounded(make(where / "root"), where / "count")
     options = [f"-runs={runs}", f"-seed={seed}", f"-max_len={LONGEST}", f"-timeout={HANGS}",
                f"-rss_limit_mb={FULL}", f"-artifact_prefix={found}/", "-verbosity=0"]  # fmt: skip
     atheris.Setup([sys.argv[0], *options, str(corpus)], take)
     atheris.Fuzz()
 
 
-def one(door: str, runs: int, seed: str) -> list[str]:
-    """Run a door in a process of its own; what is wrong with it."""
+def one(door: str, runs: int, seed: str) -> tuple[list[str], int]:
+    """Run a door in a process of its own; what is wrong with it, and how much it was given."""
     where = scratch(f"fuzz-{door}")
     number = random.Random(f"{seed} {door}").randrange(1, 1 << 31)
     command = [sys.executable, "-m", "tests.proof.fuzz", "--door", door, "--runs", str(runs),
                "--inside", str(where), "--seed", str(number)]  # fmt: skip
     done = subprocess.run(command, cwd=TOP, capture_output=True, text=True, errors="replace")
+    count = int.from_bytes((where / "count").read_bytes(), "little")
     kept = sorted((where / "found").glob("*")) if done.returncode else []
     problems = [f"{door}: {path}: {path.read_bytes()[:300]!r}" for path in kept]
     if done.returncode:
         print(done.stdout[-2000:] + done.stderr[-4000:], flush=True)
-        return problems or [f"{door}: status {done.returncode}"]
+        return problems or [f"{door}: status {done.returncode}"], count
     shutil.rmtree(where)
-    return []
+    return [], count
 
 
 def main() -> int:
@@ -251,8 +259,10 @@ def main() -> int:
         enter(args.door[0], args.inside, args.runs, int(args.seed))
     seed, began = seed_of(args), time.monotonic()
     doors = args.door or list(DOORS)
-    problems = [problem for door in doors for problem in one(door, args.runs, seed)]
-    return report("fuzz", problems, began, {"doors": len(doors), "inputs": len(doors) * args.runs})
+    found = [one(door, args.runs, seed) for door in doors]
+    problems = [problem for problems, _ in found for problem in problems]
+    inputs = sum(count for _, count in found)
+    return report("fuzz", problems, began, {"doors": len(doors), "inputs": inputs})
 
 
 if __name__ == "__main__":
