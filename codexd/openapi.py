@@ -52,7 +52,12 @@ _NUMBER: Schema = {"type": "number", "minimum": 0}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _TIME: Schema = {"type": "string", "format": "date-time"}
 _ID: Schema = {"type": "string", "pattern": f"^{ID_PATTERN}$"}
-_PATH = _text(4096, "Absolute, below ~, or relative to the working directory.")
+_PATH: Schema = {  # a file's name may have any character but NUL
+    "type": "string",
+    "pattern": r"^(~(/[^\u0000]*)?|[^~\u0000][^\u0000]*)$",
+    "maxLength": 4096,
+    "description": "Absolute, below ~, or relative to the working directory.",
+}
 _PATHS: Schema = {"type": "array", "maxItems": 20, "items": _PATH}
 _NAME: Schema = {"type": "string", "pattern": "^(?!-)[A-Za-z0-9._:/-]{1,100}$"}
 _DURATION: Schema = {

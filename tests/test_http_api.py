@@ -120,6 +120,18 @@ def test_the_document_allows_what_the_server_takes(key: str, text: str) -> None:
     assert any(re.fullmatch(pattern, text) for pattern in patterns)
 
 
+@pytest.mark.parametrize("path", ["~", "~/a", "a~", " ", "a\nb", "\x85", "\x1f", "", "~x", "a\0"])
+def test_the_document_knows_which_paths_the_server_takes(path: str) -> None:
+    schema = openapi.REQUEST["properties"]["workdir"]["anyOf"][0]  # type: ignore[index]
+    allowed = re.search(schema["pattern"], path) is not None
+    try:
+        taskfile.parse("x.json", json.dumps({"prompt": "x", "workdir": path}).encode())
+    except taskfile.Refused:
+        assert not allowed
+    else:
+        assert allowed
+
+
 def test_a_key_makes_a_repeat_harmless(held: Web) -> None:
     body = {"prompt": "once", "priority": 3}
     first = held.post("/tasks", body, Idempotency_Key="k 1")
