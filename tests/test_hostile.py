@@ -30,6 +30,16 @@ OPEN = "canary-that-everybody-may-see"
 _WANTED = {"KEY": KEY, "LOGIN": LOGIN, "TOKEN": TOKEN, "WORDS": WORDS, "OPEN": OPEN}
 _PATTERNS = " ".join(f"{name}:[{text[0]}]{text[1:]}" for name, text in _WANTED.items())
 
+THE_MASTERS = (
+    "tasks.md",
+    "checkpoint",
+    "lock",
+    "sessions",
+    "archive",
+    "transcripts",
+    "keys",
+    "usage",
+)
 NOTES = "/srv/notes"
 PORT = 7777
 
@@ -48,16 +58,25 @@ for pair in {_PATTERNS}; do
 done
 for place in {SPOOL}/inbox/x.md {SPOOL}/answers/x.md {STATE}/tasks.md {STATE}/codex/config.toml \\
     {STATE}/codex/codexd.config.toml {STATE}/codex/.codexd/x {STATE}/codex/sessions/x \\
-    {STATE}/tasks/x {STATE}/sessions/x /etc/codexd/codexd.yaml /etc/systemd/system/x.service \\
+    {STATE}/{{tasks,sessions,archive,transcripts,keys,usage}}/x {STATE}/{{checkpoint.json,lock}} \\
+    {SPOOL}/{{rejected,schedules}}/x /etc/codexd/codexd.yaml /etc/systemd/system/x.service \\
     /etc/systemd/system/codexd-worker@.service.d/{{own,x}}.conf /usr/lib/systemd/system/x.service \\
     /usr/lib/systemd/system/codexd{{,-worker@,-http}}.service /usr/lib/tmpfiles.d/codexd.conf \\
     /run/systemd/system.control/x /usr/share/polkit-1/rules.d/{{50-codexd,x}}.rules \\
     {STATE}/tasks/$2/1/{{result.json,events.jsonl,x}} {STATE}/tasks/$2/{{task.json,x}} \\
     {STATE}/tasks/$3/1/{{result.json,attempt.json,events.jsonl,x}} {STATE}/tasks/$3/task.json \\
     {STATE}/codex/auth.json {NOTES}/MEMORY.md {NOTES}/memory/{{more,x}}.md \\
-    /run/codexd/exits/x /run/systemd/system/x.service /usr/lib/codexd/codexd-exit work-file; do
+    /run/codexd/{{exits,limits,hooks,master}}/x /run/systemd/system/x.service \\
+    /usr/lib/codexd/codexd-exit work-file; do
     (: >>"$place") 2>/dev/null && echo "wrote to $place"
 done
+for file in {STATE}/tasks.md {STATE}/checkpoint.json {STATE}/codex/config.toml work-file \\
+    {STATE}/tasks/$2/{{task.json,1/events.jsonl}} {SPOOL}/answers/other*.md; do
+    ln -f "$file" "$file.linked" 2>/dev/null && echo "wrote to $file.linked"
+    mv "$file" "$file.moved" </dev/null 2>/dev/null && echo "wrote to $file.moved" &&
+        mv "$file.moved" "$file"
+done
+rm {STATE}/checkpoint.json </dev/null 2>/dev/null && echo "wrote to {STATE}/checkpoint: gone"
 for verb in stop start kill restart; do
     systemctl --no-ask-password $verb "$1" >/dev/null 2>&1 && echo "did $verb"
 done
@@ -123,7 +142,7 @@ def test_a_turn_in_the_sandbox_finds_and_does_nothing(codexd: Installed, sandbox
     told = looked(codexd, f"sandbox: {sandbox}")
     assert f"found OPEN in {WORK}/open.txt" in told, "it can look"
     assert ("wrote to work-file" in told) == (sandbox == "workspace-write")
-    left = told.replace("wrote to work-file", "").replace("found OPEN", "")
+    left = re.sub(r"wrote to work-file(\.linked|\.moved)?", "", told).replace("found OPEN", "")
     for word in ("found ", "wrote to", "did ", "spoke to", "saw "):
         assert word not in left, told
 
@@ -135,11 +154,13 @@ def test_without_a_sandbox_the_unit_still_holds(codexd: Installed) -> None:
     codexd.box.run("systemctl", "restart", "codexd")
     told, beside = looked(codexd, "sandbox: danger-full-access"), codexd.task("beside")
     assert beside
-    assert "wrote to work-file" in told
+    assert "wrote to work-file.linked" in told
+    assert "wrote to work-file.moved" in told
     assert f"found LOGIN in {STATE}/codex/auth.json" in told, "the script looks well"
     assert re.search(rf"wrote to {STATE}/tasks/[0-9a-z-]+/1/result\.json", told)
     for line in (
         "found TOKEN", "did ", "spoke to", "saw ", f"wrote to {SPOOL}", f"wrote to {STATE}/tasks/x",
+        *(f"wrote to {STATE}/{name}" for name in THE_MASTERS),
         f"wrote to {STATE}/tasks/{beside['id']}", "wrote to /etc", "wrote to /run", "wrote to /usr",
         "wrote to /srv", f"found WORDS in {SPOOL}", f"found WORDS in {STATE}/tasks",
     ):  # fmt: skip
