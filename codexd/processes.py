@@ -59,7 +59,7 @@ class Processes:
         # id -> since when: workers of the daemon before, and what outlived its worker
         self._orphans = {id: time.monotonic() for id in found if is_id(id)}
         self._strays: dict[str, float] = {}
-        self._untold: set[str] = set()  # their worker could not write its result
+        self._untold: set[str] = set()  # their worker could not write what it came to
         self._bereft = False  # a worker was killed: what it ran is our child now
         orphans.adopt()
 

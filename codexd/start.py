@@ -41,7 +41,7 @@ class Unsafe(Exception):
 
 
 class Untold(Exception):
-    """What the attempt came to cannot be written down; the text says why."""
+    """Its directory cannot be written, so nothing tells what it came to; the text says why."""
 
 
 class Halted(Exception):
@@ -56,7 +56,7 @@ class Attempt:
         self.home = os.path.join(tasks, id)
         numbers = [int(n) for n in os.listdir(self.home) if n.isdigit()]
         if not numbers:
-            raise FileNotFoundError(f"{self.home}: no attempt was ordered")
+            raise FileNotFoundError(errno.ENOENT, "no attempt was ordered", self.home)
         self.number = max(numbers)
         self.place = os.path.join(self.home, str(self.number))
         self.orders: Any = durable.read_json(os.path.join(self.place, "attempt.json"))
@@ -85,16 +85,19 @@ class Attempt:
         return os.path.join(self.place, name)
 
     def mark(self) -> bool:
-        """Pass the at-most-once point; False when somebody did before."""
-        if durable.is_there(self.path("result.json")):
-            return False
+        """Pass the at-most-once point; False when somebody did before.  Raises Untold."""
+        path = self.path("started")
         try:
-            fd = os.open(self.path("started"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+            if durable.is_there(self.path("result.json")):
+                return False
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+            os.fsync(fd)
+            os.close(fd)
+            durable.sync_directory(self.place)
         except FileExistsError:
             return False
-        os.fsync(fd)
-        os.close(fd)
-        durable.sync_directory(self.place)
+        except OSError as problem:
+            raise Untold(f"{path} could not be written: {problem.strerror}") from problem
         return True
 
     # --- before Codex ---------------------------------------------------------

@@ -24,6 +24,7 @@ import os
 import stat
 import sys
 
+from codexd import durable
 from codexd.start import Attempt, Unsafe, Untold, why_not
 
 TYPE_CHECKING = False
@@ -32,7 +33,38 @@ if TYPE_CHECKING:
 
     from codexd.service import Service
 
+UNORDERED = 1  # exit status where there is no such task, or no orders that can be read
 STOPPED = 75  # exit status after a turn that somebody else ended; codexd-exit asks who
+
+
+def run(tasks: str, id: str) -> int:
+    """One attempt, if it is ordered and nobody has begun it; our exit status."""
+    try:
+        attempt = Attempt(tasks, id)
+    except Exception as problem:
+        return _unordered(problem)
+    try:
+        begun_before = not attempt.mark()
+    except Untold as problem:
+        return _untold(attempt, problem, _manager())
+    if begun_before:
+        _manager()
+        return 0
+    return perform(attempt)
+
+
+def _unordered(problem: Exception) -> int:
+    """Say in one line why nobody knows what to do; our exit status."""
+    from codexd.exits import UNTOLD
+
+    text = str(problem)
+    if isinstance(problem, OSError) and problem.filename:
+        text = f"{problem.filename}: {problem.strerror}"
+    elif not isinstance(problem, OSError | ValueError):
+        text = f"the task's record or its orders are damaged: {type(problem).__name__}: {problem}"
+    _complain(text)
+    refused = isinstance(problem, OSError) and problem.errno not in durable.ABSENT
+    return UNTOLD if refused else UNORDERED
 
 
 def perform(attempt: Attempt) -> int:
@@ -83,11 +115,15 @@ def _untold(attempt: Attempt, problem: Untold, manager: Service | None) -> int:
 
     attempt.log(manager, "attempt.untold", why=problem)
     if manager is None:
-        try:
-            os.write(2, f"codexd-worker: {problem}\n".encode("utf-8", "replace"))
-        except OSError:
-            pass  # a log on the same disk
+        _complain(str(problem))
     return UNTOLD
+
+
+def _complain(text: str) -> None:
+    try:
+        os.write(2, f"codexd-worker: {text}\n".encode("utf-8", "replace"))
+    except OSError:
+        pass  # a log on the same disk
 
 
 def _manager() -> Service | None:
@@ -118,11 +154,6 @@ def _ring() -> None:
         pass  # nobody listens, or the bell is ringing already
 
 
-def _done_before() -> int:
-    _manager()
-    return 0
-
-
 def main() -> NoReturn:
     args = sys.argv[1:]
     tasks = "/var/lib/codexd/tasks"
@@ -131,9 +162,8 @@ def main() -> NoReturn:
     if len(args) != 1 or not args[0].replace("-", "").isalnum():
         print("usage: codexd-worker [--tasks DIRECTORY] ID", file=sys.stderr)
         sys.exit(2)
-    attempt = Attempt(tasks, args[0])
     # Nothing of the interpreter is worth tearing down: the result is on disk.
-    os._exit(perform(attempt) if attempt.mark() else _done_before())
+    os._exit(run(tasks, args[0]))
 
 
 if __name__ == "__main__":

@@ -264,9 +264,8 @@ def test_without_orders_it_does_nothing(tmp_path: Path) -> None:
     place = Place(tmp_path)
     (place.attempt / "attempt.json").unlink()
     place.attempt.rmdir()
-    done = subprocess.run(place.command(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert f"{place.tasks}/{ID}: no attempt was ordered" in done.stderr
+    found = unstarted(*place.command())
+    assert found == (1, f"{place.tasks}/{ID}: no attempt was ordered")
     assert [path.name for path in (place.tasks / ID).iterdir()] == ["task.json"]
 
 
@@ -380,6 +379,56 @@ def test_a_codex_that_cannot_be_watched_is_ended(tmp_path: Path) -> None:
         until(lambda: not codex_of(ID), "its end: it was killed as the worker left")
     finally:
         kill(codex_of(ID))
+
+
+def unstarted(*command: str | Path) -> tuple[int, str]:
+    """Exit status and the one line of a worker that starts no Codex."""
+    env = {**os.environ, "CODEX_FAKE_MODE": "hang-turn"}
+    done = subprocess.run(
+        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30
+    )
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.returncode, done.stderr.removeprefix("codexd-worker: ").rstrip("\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a file system")
+def test_a_directory_that_cannot_be_marked_is_told_in_one_line(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    tried = f"mount --bind {place.attempt} {place.attempt} && mount -o remount,bind,ro"
+    within = f'{tried} {place.attempt} && exec "$@"'
+    found = unstarted("unshare", "--mount", "sh", "-c", within, "sh", *place.command())
+    assert found == (
+        UNTOLD, f"{place.attempt}/started could not be written: Read-only file system"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("orders", "status", "why"),
+    [
+        ("", 1, "{}/1/attempt.json: not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ("{}", 1, "the task's record or its orders are damaged: KeyError: 'request'"),
+        ({}, UNTOLD, "{}/1/attempt.json: Is a directory"),
+    ],
+)
+def test_orders_that_cannot_be_read(
+    tmp_path: Path, orders: str | dict[str, str], status: int, why: str
+) -> None:
+    place = Place(tmp_path)
+    path, record = place.attempt / "attempt.json", place.tasks / ID / "task.json"
+    path.unlink()
+    if isinstance(orders, dict):
+        path.mkdir()
+    else:
+        path.write_text(orders)
+        record.write_text("{}")
+    assert unstarted(*place.command()) == (status, why.format(place.tasks / ID))
+
+
+def test_a_task_that_nobody_knows(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    shutil.rmtree(place.tasks / ID)
+    found = unstarted(*place.command())
+    assert found == (1, f"{place.tasks / ID}: No such file or directory")
 
 
 @pytest.mark.parametrize("args", [[], ["a", "b"], ["../x"], ["--tasks", "x"]])

@@ -16,7 +16,7 @@ from pathlib import Path
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # From <linux/mount.h>, <linux/sched.h>, <linux/prctl.h> and <linux/sockios.h>.
 RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND, REC = 1, 2, 4, 8, 32, 4096, 16384
-PRIVATE, SHARED = 1 << 18, 1 << 20
+PRIVATE, SLAVE, SHARED = 1 << 18, 1 << 19, 1 << 20
 NEWNS, NEWCGROUP, NEWUTS, NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 NEWPID, NEWNET = 0x20000000, 0x40000000
 _DETACH, _SET_PDEATHSIG, _CAPBSET_DROP = 2, 1, 24
@@ -56,6 +56,11 @@ def change_root(target: Path) -> None:
 
 def unshare(flags: int) -> None:
     _check(_LIBC.unshare(flags), "unshare")
+
+
+def enter(namespace: int) -> None:
+    """Be in the namespace that the descriptor is of; for a mount namespace, at its root."""
+    _check(_LIBC.setns(namespace, 0), "setns")
 
 
 def die_with_parent() -> None:

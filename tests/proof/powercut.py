@@ -23,18 +23,22 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from codexd.model import Kind
+from tests.box import kernel
 from tests.daemon import until
 from tests.proof import oracle
 from tests.proof.load import Load
 from tests.proof.place import Place, report, scratch, seed_of
 
 KINDS = ("ext4", "xfs")
-TOOLS = ("mkfs.ext4", "mkfs.xfs", "xfs_io", "mount", "umount", "losetup", "unshare")
-_ALONE = "CODEXD_PROOF_ALONE"
+TOOLS = ("mkfs.ext4", "mkfs.xfs", "xfs_io", "mount", "umount", "losetup")
 _SIZE = 320 << 20  # mkfs.xfs makes none of less than 300 MB
+T = TypeVar("T")
 
 
 def missing() -> str | None:
@@ -146,15 +150,20 @@ def judge(place: Place, load: Load, acknowledged: list[str], figures: Counter[st
     return oracle.check(place, acknowledged, resumes=False)
 
 
-def alone() -> None:
-    """Go on where nobody else sees what we mount, and so nobody can keep it mounted.
+def unseen(act: Callable[[], T]) -> T:
+    """Do it in a thread that mounts what nobody else sees, and so nobody keeps mounted.
 
-    A shut file system that is still held somewhere is what the next mount would find.
+    Each mount namespace that is made meanwhile (a box, a sandbox) has a copy of what is
+    mounted; a failed file system that is still held somewhere is what the next mount finds.
     """
-    if os.environ.get(_ALONE) != "yes":
-        own = [sys.executable, "-m", "tests.proof.powercut", *sys.argv[1:]]
-        command = ["unshare", "--mount", "--propagation", "slave", *own]
-        os.execvpe(command[0], command, {**os.environ, _ALONE: "yes"})
+
+    def apart() -> T:
+        kernel.unshare(kernel.NEWNS)
+        kernel.mount("", Path("/"), flags=kernel.REC | kernel.SLAVE)
+        return act()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(apart).result()
 
 
 def main() -> int:
@@ -166,13 +175,15 @@ def main() -> int:
     if why := missing():
         print(f"powercut: skipped: {why}")
         return 77
-    alone()
-    seed, began = seed_of(args), time.monotonic()
-    status = 0
-    for kind in args.fs or KINDS:
+    return unseen(lambda: cuts(args.fs or KINDS, args.cuts, seed_of(args)))
+
+
+def cuts(kinds: Sequence[str], count: int, seed: str) -> int:
+    status, began = 0, time.monotonic()
+    for kind in kinds:
         figures: Counter[str] = Counter()
         problems: list[str] = []
-        for number in range(args.cuts):
+        for number in range(count):
             home = scratch(f"powercut-{kind}-{number}")
             found = cut(home, kind, random.Random(f"{seed} {kind} {number}"), figures)
             problems += [f"{kind} cut {number}: {problem}; see {home}" for problem in found]
