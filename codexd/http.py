@@ -259,10 +259,7 @@ async def _run(config: Config, service: Service, bound: sockets.Bound) -> None:
 
 def _has_parent() -> bool:
     """Whether standard input is the pipe that `codexd serve` holds open."""
-    try:
-        return stat.S_ISFIFO(os.fstat(0).st_mode)
-    except OSError:
-        return False  # closed
+    return stat.S_ISFIFO(os.fstat(0).st_mode)
 
 
 def _listen_to_parent(server: Server) -> None:

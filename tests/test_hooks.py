@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -680,6 +681,35 @@ def test_what_lies_in_the_place_of_its_output_does_no_harm(told: Told, what: str
         assert ("hook.unkept" in daemon.log.read_text()) == (what == "directory")
 
 
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Where none is free; whoever wants one has to say so."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_so_does_a_hook(tmp_path: Path) -> None:
+    """It has not failed: that it cannot be begun is the host's trouble, and told as that."""
+    dirs = Directories.below(tmp_path)
+    spool.prepare(dirs)
+    ledger = Ledger(dirs.ledger, dirs.checkpoint)
+    ledger.append([line(Note.OWED, A)])
+    log = (lambda *_, **__: None,) * 3
+    hooks = Hooks(read(tmp_path, "on:\n  done: /bin/true\n"), ledger, False, *log)
+    hooks.runs = Silent()
+    with no_descriptors():
+        hooks.tend(0.0)
+    assert hooks.summary() == {"owed": 1, "failing": {}}
+    hooks.tend(1.0)
+    assert list(hooks._running) == [f"{A}.done"]
+    ledger.close()
+
+
 def test_its_output_waits_for_a_host_that_has_no_room_for_it(tmp_path: Path) -> None:
     """Nor for anything else: here, without a descriptor that is free."""
     dirs = Directories.below(tmp_path)
@@ -688,13 +718,8 @@ def test_its_output_waits_for_a_host_that_has_no_room_for_it(tmp_path: Path) -> 
     ledger = Ledger(dirs.ledger, dirs.checkpoint)
     log = (lambda *_, **__: None,) * 3
     hooks = Hooks(read(tmp_path, "on:\n  done: /bin/true\n"), ledger, False, *log)
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
-    try:
-        with pytest.raises(OSError, match="Too many open files"):
-            hooks._keep(owed(A), "told\n")
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    with no_descriptors():
+        hooks._keep(owed(A), "told\n")
     hooks._keep(owed(A), "told\n")
     assert (dirs.tasks / A / "hook-done.log").read_text() == "told\n"
     ledger.close()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from codexd.http import CONNECTIONS
 from codexd.openapi import DOCUMENT
 from codexd.program import Exit
 from codexd.sockets import NoSocket
+from tests.daemon import until
 from tests.web import PATIENCE, Client, Web
 
 TOKEN = "0123456789abcdef0123456789abcdef"
@@ -500,6 +503,12 @@ def test_where_nobody_can_listen_it_says_why(tmp_path: Path) -> None:
     assert (status, why.startswith("cannot listen on 192.0.2.1 port 8087: ")) == (69, True)
 
 
+def test_with_a_configuration_that_cannot_be_it_does_not_begin(tmp_path: Path) -> None:
+    status, log = Web(tmp_path, "http:\n  listen: 8087\n").ended()
+    assert (status, log.count("\n")) == (Exit.CONFIGURATION, 1)
+    assert "codexd.yaml:2: http.listen: found '8087'; allowed: " in log
+
+
 def test_a_port_that_is_for_root_alone(tmp_path: Path) -> None:
     first = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
     if first < 2:
@@ -626,9 +635,19 @@ def test_the_manager_is_told(tmp_path: Path) -> None:
 # --- the end ---------------------------------------------------------------------------
 
 
+def unread(pipe: IO[bytes]) -> int:
+    """Bytes that nobody has read yet."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 def test_it_ends_with_its_parent(tmp_path: Path) -> None:
+    """And not before: a word from it says that it lives."""
     one = Web(tmp_path)
     assert one.child.stdin is not None
+    one.child.stdin.write(b".")
+    one.child.stdin.flush()
+    until(lambda: not unread(one.child.stdin), "it has heard that")
+    assert one.ask("GET", "/health").status == 503  # the master is down
     one.child.stdin.close()
     status, log = one.ended()
     assert (status, log) == (Exit.DONE, "")

@@ -354,9 +354,37 @@ def test_what_cannot_be_read_is_left_out_of_what_is_seen(tmp_path: Path) -> None
         (one, "s", "queued"), (bad, bad, "queued"),
     ]  # fmt: skip
     assert view.sessions() == []
+    assert view.session("s") is None
     dirs.inbox.rename(tmp_path / "elsewhere")
     assert view.short_list() == []
     view.close()
+
+
+def test_where_no_master_ever_was_there_are_no_sessions(alone: Web) -> None:
+    assert alone.ask("GET", "/sessions").json == {"sessions": []}
+
+
+def test_without_an_inbox_nothing_can_be_cancelled(tmp_path: Path) -> None:
+    """It is said; the task is as it was."""
+    with serving(tmp_path, HELD) as web:
+        id = web.post("/tasks", {"prompt": "x"}).json["id"]
+        ledger = Directories.below(tmp_path).ledger
+        until(lambda: ledger.exists() and id in ledger.read_text(), "it is in the ledger")
+        inbox = Directories.below(tmp_path).inbox
+        inbox.rename(tmp_path / "elsewhere")
+        inbox.touch()
+        said = web.post(f"/tasks/{id}/cancel")
+        assert (said.status, said.code) == (503, "inbox")
+        assert web.ask("GET", f"/tasks/{id}").json["state"] == "queued"
+
+
+def test_no_task_is_larger_than_a_file_may_be(tmp_path: Path) -> None:
+    Directories.below(tmp_path).inbox.mkdir()
+    with Web(tmp_path, "limits:\n  file: 4K\n") as web:
+        assert web.post("/tasks", {"prompt": "x" * 4000}).status == 202
+        said = web.post("/tasks", {"prompt": "x" * 4096})
+        assert (said.status, said.code) == (413, "too-large")
+        assert said.json["error"]["message"] == "the task is larger than 4096 bytes (limits.file)"
 
 
 def test_a_master_that_says_nothing_is_down(tmp_path: Path) -> None:
