@@ -81,6 +81,7 @@ class Intake:
         self.parents = Parents(self.dirs, ledger)
         self.orphans = Orphans()
         self._accepted: set[str] = set()  # in this batch: the ledger does not have them yet
+        self._stuck: set[str] = set()  # names that cannot be moved: they come last
         self._unsettled: dict[str, Event | None] = {}  # in the ledger, but not yet moved away
 
     def take(self, names: list[str], leftover: list[str], now: float) -> list[Event]:
@@ -96,11 +97,14 @@ class Intake:
         self.full = free <= 0 and bool(names)
         room = max(0, min(BATCH - begun, free))
         late = self.orphans.again([*names, *leftover], room)
+        names = sorted(names, key=self._stuck.__contains__)
         complete = (n for n in names if self.settled(self.dirs.inbox, n, now))
         batch = list(islice(complete, room - len(late)))
         self.more = 0 < room == len(batch) + len(late)
         pairs = [(self._id_for(name), name) for name in batch]
         claimed = spool.claim(self.dirs, pairs, self.refused) if pairs else []
+        unmoved = {name for id, name in pairs if id not in claimed}
+        self._stuck = self._stuck.intersection(names).difference(batch) | unmoved
         for _, name in pairs:
             self.settled.forget(name)
         wanted = dict(reversed(pairs))  # of two files with one id the first was taken

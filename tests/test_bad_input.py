@@ -16,12 +16,14 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from codexd import ledger, place, spool
+from codexd.intake import BATCH
 from codexd.ledger import seal
 from codexd.model import Event, Kind, Note
 from codexd.view import View
@@ -1340,6 +1342,22 @@ def test_a_file_that_cannot_be_moved_holds_up_no_other(tmp_path: Path, content: 
             assert [f["file"] for f in daemon.rejections()] == [f"{NOBODY}.md"], "told once"
         else:
             assert sum(t["id"] == NOBODY for t in daemon.tasks()) == 1
+
+
+@needs_mount
+def test_more_of_them_than_are_taken_in_a_round_hold_up_none(tmp_path: Path) -> None:
+    """First in the order of names, so that all were always tried again, and no other."""
+    held = tmp_path / "held"
+    held.write_text("a task")
+    with Mortal(tmp_path / "root") as daemon, ExitStack() as mounts:
+        daemon.stop()
+        for n in range(BATCH + 6):
+            path = daemon.dirs.inbox / f"{n:03}.md"
+            path.touch()
+            mounts.enter_context(mounted(path, "--bind", str(held)))
+        daemon.start()
+        daemon.drop("zz.md", "a task behind them")
+        daemon.answer("zz")
 
 
 @needs_mount
