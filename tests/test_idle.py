@@ -11,6 +11,7 @@ from tests.daemon import Daemon, until
 FAKE = Path(__file__).parent / "bin" / "codex"
 SECONDS = 20
 LIMIT = 1.0  # clock ticks in that time; three a minute
+PAGED = 60.0  # ticks in that time where the host has taken the memory away
 WAKES = 200  # of a process in that time; about five for each of seven rounds
 
 
@@ -68,4 +69,5 @@ def test_an_idle_daemon_uses_three_ticks_a_minute(tmp_path: Path) -> None:
             if max(used.values()) <= LIMIT:
                 break
         assert alone.processes() + with_http.processes() == [*groups["alone"], *groups["with HTTP"]]
-    assert max(used.values()) <= LIMIT or max(woken.values()) <= WAKES, (used, woken)
+    found = max(used.values())
+    assert found <= LIMIT or (found <= PAGED and max(woken.values()) <= WAKES), (used, woken)
