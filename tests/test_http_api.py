@@ -362,6 +362,10 @@ def test_what_cannot_be_read_is_left_out_of_what_is_seen(tmp_path: Path) -> None
 
 def test_where_no_master_ever_was_there_are_no_sessions(alone: Web) -> None:
     assert alone.ask("GET", "/sessions").json == {"sessions": []}
+    left = Directories.below(alone.root).sessions / "s.json"  # and the ledger is lost
+    left.parent.mkdir()
+    left.write_text('{"name": "s"}')
+    assert alone.ask("GET", "/sessions").json == {"sessions": []}
 
 
 def test_without_an_inbox_nothing_can_be_cancelled(tmp_path: Path) -> None:

@@ -444,9 +444,9 @@ def test_a_codex_that_says_little(tmp_path: Path, thread: str | None) -> None:
         f'#!/bin/sh\ntest "$1" = exec || exec {FAKE} "$@"\nexec cat {tmp_path}/events\n'
     )
     brief.chmod(0o755)
-    found = Place(tmp_path, bin=str(brief), verify={"command": "false", "rounds": 2}).run()
+    found = Place(tmp_path, bin=str(brief), verify={"command": "false", "rounds": 3}).run()
     if thread:
-        assert (found["outcome"], len(found["rounds"]), found["thread"]) == ("verify", 1, thread)
+        assert (found["outcome"], len(found["rounds"]), found["thread"]) == ("verify", 2, thread)
     else:
         assert found["outcome"] == "unknown"
         assert found["message"] == "Codex completed a turn without naming its thread"
