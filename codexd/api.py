@@ -185,13 +185,7 @@ class Api:
     # --- the rest ---------------------------------------------------------------------
 
     async def _sessions(self, _call: Call, _body: bytes) -> Reply:
-        return reply(200, {"sessions": await _in(self._listing, self._all_sessions)})
-
-    def _all_sessions(self) -> list[Json]:
-        try:
-            return self._catalogue.sessions()
-        except FileNotFoundError:
-            return []  # no master was ever here
+        return reply(200, {"sessions": await _in(self._listing, self._catalogue.sessions)})
 
     async def _session(self, call: Call, _body: bytes) -> Reply:
         found = await _in(self._asking, self._view.session, call.name)
