@@ -12,6 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 
 from codexd import clock, controlfile, place, retention, spool, taskfile
@@ -231,7 +232,9 @@ class Intake:
                 )
             request = taskfile.parse(name, data, max_bytes=self.config.limits.file)
         allowed(self.config, request, self.limits)
-        sha256 = hashlib.sha256(data).hexdigest()
+        # As it was read: by the name of its file or its door alone it is no other task.
+        content = taskfile.dump(replace(request, title=None, key=None))
+        sha256 = hashlib.sha256(content).hexdigest()
         known = not request.key or self._keyed(id, request.key, sha256)
         after, start = self._after(id, request), self._start(request, now)
         if request.key and not known:

@@ -555,6 +555,22 @@ def test_a_key_stands_for_its_first_content(daemon: Mortal) -> None:
     assert not list(daemon.dirs.answers.glob("again.*"))
 
 
+def test_a_key_does_not_ask_by_which_door_or_name_its_content_comes(daemon: Mortal) -> None:
+    """A script with a temporary file tries once more; so does somebody who copies it there."""
+    text = "---\nkey: door\n---\nonce"
+    daemon.drop("first.md", text)
+    first = daemon.answer("first")[0]["id"]
+    for name in ("tmp.a8x", "tmp.b3q"):
+        (daemon.root / f"{name}.md").write_text(text)
+        done = daemon.run("task", "submit", str(daemon.root / f"{name}.md"))
+        assert (done.returncode, done.stdout) == (0, f"{first}\n"), done.stderr
+    daemon.drop("by-hand.yaml", "key: door\nprompt: once\ntitle: another\n")
+    until(lambda: not (daemon.dirs.inbox / "by-hand.yaml").exists(), "it is taken")
+    until(
+        lambda: sum("**repeated**" in e and first in e for e in daemon.events()) == 3, "all three"
+    )
+
+
 def test_who_waits_for_a_file_that_became_no_task_hears_so_after_a_restart(
     tmp_path: Path,
 ) -> None:
