@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from codexd import codex, spool
@@ -53,6 +54,7 @@ class Host:
     problem: str | None  # why codexd.yaml is not valid
     units: bool  # whether systemd is to start workers here
     path: str  # PATH of whoever runs Codex
+    serve: str = "codexd serve"  # the command that serves this root
 
     @property
     def user(self) -> pwd.struct_passwd | None:
@@ -167,7 +169,7 @@ def directories(host: Host) -> Findings:
         return
     wanted = {dirs.inbox: 0o3770, host.config.codex.home: 0o700}
     wanted |= dict.fromkeys((dirs.state, dirs.tasks, dirs.answers, dirs.rejected, dirs.work), 0o750)
-    make = "codexd serve"  # which makes them
+    make = host.serve  # which makes them
     if dirs.systemwide:
         make = "systemd-tmpfiles --create codexd.conf"
     elif host.units:
@@ -191,12 +193,12 @@ def _owned(
     path: Path, found: os.stat_result, mode: int, user: pwd.struct_passwd
 ) -> Iterator[Finding]:
     if found.st_uid != user.pw_uid:
-        yield fail(f"{path} is not {user.pw_name}'s", f"chown {user.pw_name}: {path}")
+        yield fail(f"{path} is not {user.pw_name}'s", f"chown {user.pw_name}: {quote(str(path))}")
     have = stat.S_IMODE(found.st_mode)
     if have & ~mode & 0o777:  # somebody may do more than should be
-        yield fail(f"{path} has mode {have:o}, not {mode:o}", f"chmod {mode:o} {path}")
+        yield fail(f"{path} has mode {have:o}, not {mode:o}", f"chmod {mode:o} {quote(str(path))}")
     elif have != mode and mode & 0o3000:
-        yield warn(f"{path} has mode {have:o}, not {mode:o}", f"chmod {mode:o} {path}")
+        yield warn(f"{path} has mode {have:o}, not {mode:o}", f"chmod {mode:o} {quote(str(path))}")
 
 
 def keys(host: Host) -> Findings:
@@ -207,7 +209,8 @@ def keys(host: Host) -> Findings:
     except FileNotFoundError:
         return
     if found.st_mode & 0o077 or found.st_uid != owner:
-        mend = f"chmod 600 {file}; chown {_account(owner).pw_name}: {file}"
+        name = quote(str(file))
+        mend = f"chmod 600 {name}; chown {_account(owner).pw_name}: {name}"
         yield fail(f"{file} can be read by others, and the key in it", f"{mend}; renew the key")
     else:
         yield ok(f"{file} is for its owner alone")

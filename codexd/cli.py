@@ -23,7 +23,17 @@ from codexd.config import FILE_MOST
 from codexd.ledger import LedgerBroken
 from codexd.lock import Locked
 from codexd.model import State
-from codexd.program import Exit, Trouble, clean, directories, load, open_streams, refusal
+from codexd.program import (
+    Exit,
+    Trouble,
+    Unfailing,
+    clean,
+    directories,
+    load,
+    open_streams,
+    refusal,
+    silence,
+)
 from codexd.submit import (
     ask,
     give,
@@ -106,6 +116,8 @@ def wait(args: argparse.Namespace) -> int:
     view = view_of(args)
     timeout, began = seconds(args.timeout), time.monotonic()
     tasks: list[Json] = []
+    for id in args.ids:
+        task_of(view, id)  # not after a wait for the others
     waited = list(args.ids)
     with going_on(args, waited):
         for id in args.ids:
@@ -247,6 +259,7 @@ def usage(args: argparse.Namespace) -> int:
 def gc(args: argparse.Namespace) -> int:
     from codexd import sweep
 
+    view_of(args)  # a mistyped --root has nothing old
     try:
         found, problems = (sweep.listed if args.dry_run else sweep.at_once)(load(args))
     except Locked:
@@ -275,15 +288,27 @@ RUN: dict[str, Callable[[argparse.Namespace], int]] = {
 def main() -> None:
     """Run the verb; every failure is one line on stderr and an exit status."""
     open_streams()
-    args = parser().parse_args()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    failing = sys.stderr
+    sys.stderr = heard = Unfailing(
+        failing.buffer, encoding=failing.encoding, errors="backslashreplace", line_buffering=True
+    )
+    try:
+        args = parser().parse_args()
+    except SystemExit:  # as of --help
+        if why := _unprinted():
+            _die(Exit.UNAVAILABLE, why)
+        raise
+    if args.run == "serve":
+        heard.detach()
+        sys.stderr = failing  # its log: on a disk that has room again, it goes on
     try:
         status = RUN[args.run](args)
         sys.stdout.flush()
         sys.exit(status)
     except BrokenPipeError:  # who read us has seen enough
-        _silence()
+        silence(sys.stdout)
         sys.exit(128 + signal.SIGPIPE)
     except Trouble as trouble:
         _die(trouble.status, str(trouble))
@@ -306,14 +331,9 @@ def _unprinted() -> str | None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        _silence()
+        silence(sys.stdout)
         return f"standard output: {error.strerror}"
     return None
-
-
-def _silence() -> None:
-    """Python writes what is left of the output once more when it exits: to nobody."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _said(error: OSError) -> str:

@@ -236,7 +236,9 @@ def _text(file: Path, explicit: bool) -> str:
         line = err.object.count(b"\n", 0, err.start) + 1
         raise DocumentError("not UTF-8; save the file as UTF-8", line) from err
     except OSError as err:
-        if isinstance(err, FileNotFoundError) and not explicit:
+        # A link to a file that is not there, on a disk that is not mounted, is no wish for the
+        # defaults, by which what is kept for ever would be removed.
+        if isinstance(err, FileNotFoundError) and not explicit and not file.is_symlink():
             return ""
         raise DocumentError(f"cannot be read: {err.strerror}") from err
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 from codexd import checks, codexchecks, config, install, report, unitchecks
 from codexd.checks import Finding, Findings, Host, Status
 from codexd.config import ConfigError, Directories, Launcher
-from codexd.program import Exit, clean, directories, elsewhere
+from codexd.program import Exit, clean, directories, elsewhere, where
 
 TABLE: dict[str, Callable[[Host], Findings]] = {
     "python": checks.python,
@@ -94,7 +95,8 @@ def host(args: argparse.Namespace) -> Host:
         found = config.load(bare, explicit=False)
     units = not dirs.rooted and found.launcher is not Launcher.PROCESS and install.BOOTED.is_dir()
     path = os.environ.get("PATH", os.defpath)
-    return Host(dirs, found, problem, units, _path(dirs) if units else path)
+    serve = shlex.join(["codexd", *where(args), "serve"])
+    return Host(dirs, found, problem, units, _path(dirs) if units else path, serve)
 
 
 def _path(dirs: Directories) -> str:

@@ -125,7 +125,7 @@ def _failed(ended: Ended) -> str:
         why = "journalctl -u 'codexd-worker@*' tells why"
         return f"its unit could not be set up, or ended before its worker began; {why}"
     if (ended.result, ended.status) == ("exit-code", str(UNTOLD)):
-        return "its worker could not write into its directory: no room, or a failing disk"
+        return "its worker could not read or write its directory: no room, or a failing disk"
     told = "journalctl -u 'codexd-worker@*' tells more"
     if ended.result == "exit-code" and 200 <= (sane.count(ended.status) or 0) < 250:
         # systemd's own: what it could not set up, before the worker was there.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from codexd import __version__, config
 
@@ -66,6 +67,23 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
             os.set_inheritable(fd, True)
             setattr(sys, name, os.fdopen(fd, mode))
+
+
+class Unfailing(io.TextIOWrapper):
+    """Standard error for a program whose words are not what it is for: where nobody can hear
+    them, as in a log on a full disk, it does all else as ever."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            silence(self)
+            return len(text)
+
+
+def silence(stream: TextIO) -> None:
+    """Python writes what is left of its output once more when it exits: to nobody."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Parser(argparse.ArgumentParser):

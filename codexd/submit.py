@@ -99,10 +99,11 @@ def ask(args: argparse.Namespace) -> int:
     view = View(directories(args))
     well, health = view.health()
     if not well and health["status"] == "down":
+        serve = shlex.join(["codexd", *where(args), "serve"])
         raise Trouble(
             Exit.UNAVAILABLE,
             f"codexd is not serving {view.dirs.state}: "
-            f"{elsewhere(view.dirs) or 'start it with `codexd serve`'}. Nothing was submitted",
+            f"{elsewhere(view.dirs) or f'start it with `{serve}`'}. Nothing was submitted",
         )
     timeout, began = seconds(args.timeout), time.monotonic()
     id = _deliver(view, asking.by_options(args, asking.limit(args, health)))

@@ -105,7 +105,9 @@ def _one_line(most: int) -> Rule[str]:
 
 
 LABEL = _one_line(200)
-_PROMPT = string(lambda found: found.strip() and "\0" not in found, "a text that is not blank")
+_PROMPT = string(
+    lambda found: found.strip() and "\0" not in found, "a text in UTF-8 that is not blank"
+)
 _RESUME = choice(Resume)
 _PRIORITY = integer(0, 9)
 _COMMAND = _one_line(1000)

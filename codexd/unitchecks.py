@@ -308,7 +308,7 @@ def master(host: Host) -> Findings:
     """Whether it runs, and what it says of itself."""
     well, told = View(host.dirs).health()
     if told["status"] == "down":
-        start = " ".join([*host.manager, "restart", "codexd"]) if host.units else "codexd serve"
+        start = " ".join([*host.manager, "restart", "codexd"]) if host.units else host.serve
         severe = fail if host.dirs.systemwide else warn
         yield severe(str(told["message"]), start)
         return

@@ -95,7 +95,7 @@ def _task(verbs: Verbs[argparse.ArgumentParser]) -> None:
     one = _verb(verbs, "list", "task_list", "live tasks, and the last that ended", "json")
     states = [s.value for s in State]
     one.add_argument("--state", choices=states, metavar="STATE", help=f"only {_one(states)}")
-    one.add_argument("--session", metavar="NAME", help="only those of this session")
+    one.add_argument("--session", metavar="NAME", type=named, help="only those of this session")
     one = _verb(verbs, "show", "show", "everything about one task", "json")
     one.add_argument("id", metavar="ID")
     one = _verb(verbs, "wait", "wait", "wait until tasks have ended", "json", "timeout")

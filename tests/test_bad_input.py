@@ -192,7 +192,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
         front("prompt: x"),
         "line 2: prompt: not in front matter; the text below it is the prompt",
     ),
-    "prompt.yaml": ("session: a\n", "prompt: missing; allowed: a text that is not blank"),
+    "prompt.yaml": ("session: a\n", "prompt: missing; allowed: a text in UTF-8 that is not blank"),
     # values
     "priority.md": (
         front("priority: high"),
@@ -202,7 +202,8 @@ FILES: dict[str, tuple[str | bytes, str]] = {
         front("priority: 10"), "line 2: priority: found '10'; allowed: a whole number from 0 to 9",
     ),
     "number.json": (
-        '{"prompt": 5}', "line 1: prompt: found the number 5; allowed: a text that is not blank",
+        '{"prompt": 5}',
+        "line 1: prompt: found the number 5; allowed: a text in UTF-8 that is not blank",
     ),
     "timeout.md": (
         front("timeout: soon"),

@@ -271,7 +271,8 @@ def test_ask_again_with_a_key_gets_the_first_answer(root: Root) -> None:
 def test_without_a_daemon(tmp_path: Path) -> None:
     root = Root(tmp_path / "root")
     text = (
-        f"codexd: codexd is not serving {root.root}: start it with `codexd serve`. "
+        f"codexd: codexd is not serving {root.root}: start it with "
+        f"`codexd --root {root.root} serve`. "
         "Nothing was submitted\n"
     )
     done = root.run("ask", "x")
@@ -574,6 +575,20 @@ def test_whoever_waits_is_told_that_the_daemon_stops_and_that_the_task_goes_on(
 # --- one task and many ----------------------------------------------------------------------
 
 
+def test_wait_knows_at_once_what_it_does_not_know(root: Root) -> None:
+    root.behave(mode="hang-turn")
+    id = root.submit("x")
+    done = root.run("task", "wait", id, "nope")
+    assert (done.returncode, done.stdout) == (66, "")
+    assert done.stderr == "codexd: there is no task nope\n"
+    assert root.task(id)["state"] != "done"
+    root.cancel(id)
+
+
+def test_no_session_is_called_nothing(root: Root) -> None:
+    assert root.run("task", "list", "--session", "").returncode == 2
+
+
 def test_wait(root: Root) -> None:
     ids = [root.submit(), root.submit()]
     root.reaches(ids[1], "done")
@@ -854,6 +869,14 @@ def test_a_mistyped_root_is_not_an_empty_one(tmp_path: Path) -> None:
         assert f"there is no inbox {tmp_path}/none/inbox" in done.stderr
 
 
+def test_check_for_somebody_who_may_not_look_at_the_daemon(root: Root, tmp_path: Path) -> None:
+    (tmp_path / "good.md").write_text("x")
+    root.dirs.heartbeat.chmod(0)
+    command = [*POWERLESS, *root.command("check", str(tmp_path / "good.md"))]
+    done = subprocess.run(command, env=root.env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_check_of_a_configuration_of_any_name(root: Root, tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("\nworkers: x\n")
@@ -873,6 +896,7 @@ def test_check(root: Root, tmp_path: Path) -> None:
         "bad.md": ("---\nsesion: x\n---\nx", ":2: sesion: unknown key (did you mean session?)"),
         "empty.txt": ("", ": the file is empty"),
         "codexd.yaml": ("\nworkers: x\n", ":2: workers: found 'x'; allowed: a whole number"),
+        "good.md.tmp": ("x", ": a file of this name is ignored until it is renamed"),
     }
     for name, (text, _) in files.items():
         (tmp_path / name).write_text(text)
@@ -1122,6 +1146,35 @@ def test_an_answer_that_cannot_be_written(root: Root) -> None:
         assert done.returncode == 69
         told = done.stderr.splitlines()
         assert told[-1] == "codexd: standard output: No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("verb", "status", "said"),
+    [
+        (["ask", "x"], 0, "fine\n"),
+        (["ask", ""], 2, ""),
+        (["task", "show", "nope"], 66, ""),
+        (["task", "bogus"], 2, ""),
+    ],
+)
+def test_words_that_nobody_hears_change_nothing(
+    root: Root, verb: list[str], status: int, said: str
+) -> None:
+    """As in a log of cron's, on a disk that is full."""
+    for env in (root.env, {**root.env, "PYTHONUNBUFFERED": "1"}):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                root.command(*verb), env=env, stdout=subprocess.PIPE, stderr=full, text=True
+            )
+        assert (done.returncode, done.stdout) == (status, said)
+
+
+def test_help_that_cannot_be_written(root: Root) -> None:
+    with open("/dev/full", "w") as full:
+        command, env = root.command("status", "--help"), {**root.env, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True)
+    told = "codexd: standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (69, told)
 
 
 def test_a_locale_without_unicode(root: Root) -> None:

@@ -90,6 +90,14 @@ def test_a_named_file_must_be_there(dirs: Directories) -> None:
     assert str(caught.value) == f"{dirs.config_file}: cannot be read: No such file or directory"
 
 
+def test_a_link_to_a_file_that_is_not_there_is_no_wish_for_the_defaults(dirs: Directories) -> None:
+    """As where it lies on a disk that is not mounted."""
+    dirs.config_file.parent.mkdir(parents=True, exist_ok=True)
+    dirs.config_file.symlink_to(dirs.state / "elsewhere.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: No such file or directory"):
+        load(dirs, explicit=False)
+
+
 # --- the example and the list of keys ----------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -242,7 +243,9 @@ def test_directories_that_are_not_as_they_must_be(patient: Patient) -> None:
     home.chmod(0o700)
     tasks.rmdir()
     one = patient.bad("directories", "warn")
-    assert (one["what"], one["mend"]) == (f"{tasks} is missing", "codexd serve")
+    assert (one["what"], one["mend"]) == (
+        f"{tasks} is missing", shlex.join(["codexd", "--root", str(patient.dirs.state), "serve"])
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
@@ -306,7 +309,7 @@ def test_the_clock(patient: Patient, tmp_path: Path, tool: str, status: list[str
 
 
 def test_a_master_that_is_down_or_holds_tasks_back(patient: Patient) -> None:
-    assert patient.bad("master", "warn")["mend"] == "codexd serve"
+    assert patient.bad("master", "warn")["mend"] == f"codexd --root {patient.dirs.state} serve"
     with Daemon(patient.dirs.state, patient.env, patient.dirs.config_file.read_text()) as daemon:
         daemon.run("hold")
         until(lambda: len(patient.found()["master"]) > 1, "the gate is closed")

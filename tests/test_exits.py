@@ -140,7 +140,7 @@ def test_what_is_no_record_tells_nothing(tmp_path: Path, what: str) -> None:
     (Ended("watchdog", "killed", "ABRT"), Outcome.STALL, "watchdog"),
     (Ended("exit-code", "exited", "226"), Outcome.HOST, "could not be set up"),
     (Ended("exit-code", "exited", "1"), Outcome.HOST, "its worker failed"),
-    (Ended("exit-code", "exited", "74"), Outcome.HOST, "could not write into its directory"),
+    (Ended("exit-code", "exited", "74"), Outcome.HOST, "could not read or write its directory"),
     (Ended("protocol", "exited", "0"), Outcome.HOST, "its worker failed"),
     (Ended("vanished"), Outcome.HOST, "before its worker began"),
 ])  # fmt: skip

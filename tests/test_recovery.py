@@ -252,7 +252,7 @@ def test_no_room_for_a_result_is_the_hosts_fault(tmp_path: Path, mode: str, atte
         else:
             (told,) = waits
             assert 'reason="host"' in told
-            assert "its worker could not write into its directory" in told
+            assert "its worker could not read or write its directory" in told
         assert one.log.read_text().count("result.json could not be written") == 1
         assert "Traceback" not in one.log.read_text()
 

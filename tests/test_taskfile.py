@@ -178,7 +178,7 @@ COMMAND = "1 to 1000 printable characters on one line"
 PATH = "a path: absolute, relative or ~/..., at most 4096 bytes"
 TIME = "a duration from 1s to 24h, such as 90s, 30m or 2h"
 LONG = "x" * 57
-TEXT = "a text that is not blank"
+TEXT = "a text in UTF-8 that is not blank"
 RENAME = "rename it to end otherwise"
 
 

@@ -58,11 +58,6 @@ def unshare(flags: int) -> None:
     _check(_LIBC.unshare(flags), "unshare")
 
 
-def enter(namespace: int) -> None:
-    """Be in the namespace that the descriptor is of; for a mount namespace, at its root."""
-    _check(_LIBC.setns(namespace, 0), "setns")
-
-
 def die_with_parent() -> None:
     """SIGKILL for this process when the thread that forked it ends."""
     _check(_LIBC.prctl(_SET_PDEATHSIG, signal.SIGKILL), "prctl")
