@@ -79,6 +79,8 @@ class Orders:
     def _orders(self, task: Task, request: Request, thread: str | None) -> dict[str, object]:
         config = self.config
         named = request.profile or config.codex.profile
+        most = config.codex.sandbox  # perhaps lowered since the task was accepted
+        sandbox = min(request.sandbox or most, most, key=lambda one: one.order)
         return {
             "thread": thread,
             "preamble": self._preamble(task, thread),
@@ -91,7 +93,7 @@ class Orders:
             "env": self.keeper.env_keys,
             "model": request.model or config.codex.model,
             "profile": named,
-            "sandbox": self.keeper.sandbox(named, request.sandbox or config.codex.sandbox),
+            "sandbox": self.keeper.sandbox(named, sandbox),
             "sandbox_verb": self.keeper.sandbox_verb,
             "timeout": request.timeout or config.timeout,
             "idle_timeout": request.idle_timeout or config.idle_timeout,

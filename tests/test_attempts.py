@@ -194,6 +194,28 @@ def test_of_those_that_could_not_be_ordered_the_ended_are_forgotten(tmp_path: Pa
     assert one.refused == []
 
 
+@pytest.mark.parametrize(
+    ("asked", "most", "given"),
+    [
+        ("danger-full-access", "read-only", "codexd-read-only"),
+        ("workspace-write", "read-only", "codexd-read-only"),
+        ("danger-full-access", "danger-full-access", "danger-full-access"),
+        ("read-only", "danger-full-access", "codexd-read-only"),
+        (None, "read-only", "codexd-read-only"),
+    ],
+)
+def test_a_sandbox_that_was_lowered_binds_what_was_accepted_before(
+    tmp_path: Path, asked: str | None, most: str, given: str
+) -> None:
+    (tmp_path / "codexd.yaml").write_text(f"codex:\n  sandbox: {most}\n")
+    one = Round(tmp_path, queued(1))
+    request = {**Request("x").to_json(), "sandbox": asked}
+    place.store(one.dirs, ident(1), {"id": ident(1), "request": request})
+    one.attempts.dispatch(clock.steady())
+    orders = json.loads((one.dirs.tasks / ident(1) / "1" / "attempt.json").read_text())
+    assert orders["sandbox"] == given
+
+
 def test_what_a_task_came_to_is_not_written_over(tmp_path: Path) -> None:
     """It lies in the archive, which could not be read at the start."""
     one = Round(tmp_path, queued(1))
