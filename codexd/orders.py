@@ -117,7 +117,8 @@ class Orders:
         if thread:
             return prompt.RESUMED
         path = self.dirs.transcripts / f"{session.stem(task.session_name)}.jsonl"
-        records = [r for r in transcript.last(path, 20) if not _asked(r, task.id)]
+        records = transcript.conversation(transcript.last(path, 20), task.id)
+        records = [r for r in records if not _asked(r, task.id)]
         begun, did = evidence.acted(task)
         return prompt.fresh(begun, did, prompt.summary(records, self.config.memory.chars))
 

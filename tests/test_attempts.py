@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from codexd import clock, config, place, spool
+from codexd import clock, config, place, session, spool
 from codexd.attempts import RETRY, Attempts
 from codexd.finish import Finish
 from codexd.gate import Keeper
@@ -107,12 +107,34 @@ class Round:
     def end(self, number: int) -> None:
         self.ledger.append([move(number, Kind.DONE, outcome="done")])
 
-    def left(self, number: int, **result: object) -> None:
-        """The result of its first attempt."""
-        attempt = self.dirs.tasks / ident(number) / "1"
-        attempt.mkdir()
-        (attempt / "started").touch()
-        (attempt / "result.json").write_text(json.dumps({"exit_status": 0, **result}))
+    def left(self, number: int, attempt: int = 1, **result: object) -> None:
+        """The result of an attempt in which Codex ran."""
+        home = self.dirs.tasks / ident(number) / str(attempt)
+        home.mkdir(exist_ok=True)
+        (home / "started").touch()
+        (home / "result.json").write_text(json.dumps({"exit_status": 0, **result}))
+
+    def accept(self, number: int, prompt: str, resume: str = "auto") -> None:
+        """One more task, of the session web."""
+        request = {**Request(prompt, session="web").to_json(), "resume": resume}
+        self.ledger.append([queued(number, session="web", limit=3)])
+        (self.dirs.tasks / ident(number)).mkdir()
+        place.store(self.dirs, ident(number), {"id": ident(number), "request": request})
+
+    def order(self, number: int, attempt: int = 1) -> dict[str, Any]:
+        """What the next attempt is told."""
+        self.attempts.dispatch(clock.steady())
+        home = self.dirs.tasks / ident(number) / str(attempt)
+        orders: dict[str, Any] = json.loads((home / "attempt.json").read_text())
+        return orders
+
+    def run(self, number: int, attempt: int = 1, **result: object) -> dict[str, Any]:
+        """An attempt from its orders, which are given, to its judgement."""
+        orders = self.order(number, attempt)
+        told = {"outcome": "done", "answer": f"answer {number}.{attempt}", **result}
+        self.left(number, attempt, **{"thread": orders["thread"], **told})
+        self.attempts.collect(clock.steady())
+        return orders
 
 
 def test_one_that_was_to_try_the_gate_and_could_not_be_recorded_tries_it_later(
@@ -214,6 +236,69 @@ def test_a_sandbox_that_was_lowered_binds_what_was_accepted_before(
     one.attempts.dispatch(clock.steady())
     orders = json.loads((one.dirs.tasks / ident(1) / "1" / "attempt.json").read_text())
     assert orders["sandbox"] == given
+
+
+# --- what the model is told of what was before ----------------------------------------------
+
+A, B = (f"01a20000-0000-7000-8000-00000000000{n}" for n in (1, 2))
+FULL = {"outcome": "context-full", "turn_started": True}
+
+
+def reset(one: Round) -> None:
+    known = session.load(one.dirs.sessions, "web")
+    session.save(one.dirs.sessions, session.forget(known, AT))
+
+
+@pytest.mark.parametrize("by", ["reset", "never"])
+@pytest.mark.parametrize(
+    "left", [{"outcome": "interrupted", "answer": None}, {**FULL, "thread": B}]
+)
+def test_what_a_task_was_to_forget_is_not_told_to_its_second_attempt(
+    tmp_path: Path, by: str, left: dict[str, object]
+) -> None:
+    one = Round(tmp_path)
+    one.accept(1, "the old topic")
+    one.run(1, thread=A)
+    if by == "reset":
+        reset(one)
+    one.accept(2, "the new topic", resume="never" if by == "never" else "auto")
+    assert one.run(2, **left)["thread"] is None
+    orders = one.order(2, 2)
+    assert orders["thread"] is None
+    assert "old topic" not in orders["preamble"]
+    assert "answer 1.1" not in orders["preamble"]
+    assert ("answer 2.1" in orders["preamble"]) == (left["outcome"] == "context-full")
+
+
+def test_of_a_lost_conversation_nothing_is_told_that_came_before_it(tmp_path: Path) -> None:
+    one = Round(tmp_path)
+    one.accept(1, "the old topic")
+    one.run(1, thread=A)
+    reset(one)
+    one.accept(2, "the new topic")
+    one.run(2, thread=B)
+    one.accept(3, "more of it")
+    assert one.run(3, outcome="thread-lost", answer=None)["thread"] == B
+    told = one.order(3, 2)["preamble"]
+    assert "could not be continued" in told
+    assert "user:\n> the new topic\nassistant:\n> answer 2.1" in told
+    assert "old topic" not in told
+    assert "answer 1.1" not in told
+    assert "more of it" not in told, "which is the message itself"
+
+
+def test_a_conversation_that_was_lost_twice_is_told_from_its_beginning(tmp_path: Path) -> None:
+    one = Round(tmp_path)
+    one.accept(1, "the topic")
+    one.run(1, thread=A)
+    one.accept(2, "more of it")
+    one.run(2, **FULL)
+    one.run(2, 2, thread=B)
+    one.accept(3, "and more")
+    one.run(3, outcome="thread-lost", answer=None)
+    told = one.order(3, 2)["preamble"]
+    for words in ("> the topic", "> answer 1.1", "> more of it", "> answer 2.1", "> answer 2.2"):
+        assert words in told
 
 
 def test_what_a_task_came_to_is_not_written_over(tmp_path: Path) -> None:
