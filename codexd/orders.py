@@ -112,7 +112,7 @@ class Orders:
     def _preamble(self, task: Task, thread: str | None) -> str:
         """What the model must know before a task that has run already."""
         evidence = self.finish.evidence
-        if not any(evidence.began(task.id, n) for n in range(1, task.launches + 1)):
+        if not any(evidence.ran(task.id, n) for n in range(1, task.launches + 1)):
             return ""
         if thread:
             return prompt.RESUMED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from codexd import clock, config, place, session, spool
+from codexd import clock, config, place, prompt, session, spool, transcript
 from codexd.attempts import RETRY, Attempts
 from codexd.finish import Finish
 from codexd.gate import Keeper
@@ -107,16 +108,17 @@ class Round:
     def end(self, number: int) -> None:
         self.ledger.append([move(number, Kind.DONE, outcome="done")])
 
-    def left(self, number: int, attempt: int = 1, **result: object) -> None:
-        """The result of an attempt in which Codex ran."""
+    def left(self, number: int, attempt: int = 1, ran: bool = True, **result: object) -> None:
+        """The result of an attempt; `ran`: in which Codex was started."""
         home = self.dirs.tasks / ident(number) / str(attempt)
         home.mkdir(exist_ok=True)
         (home / "started").touch()
-        (home / "result.json").write_text(json.dumps({"exit_status": 0, **result}))
+        evidence = {"exit_status": 0} if ran else {}
+        (home / "result.json").write_text(json.dumps({**evidence, **result}))
 
-    def accept(self, number: int, prompt: str, resume: str = "auto") -> None:
+    def accept(self, number: int, text: str, resume: str = "auto") -> None:
         """One more task, of the session web."""
-        request = {**Request(prompt, session="web").to_json(), "resume": resume}
+        request = {**Request(text, session="web").to_json(), "resume": resume}
         self.ledger.append([queued(number, session="web", limit=3)])
         (self.dirs.tasks / ident(number)).mkdir()
         place.store(self.dirs, ident(number), {"id": ident(number), "request": request})
@@ -299,6 +301,57 @@ def test_a_conversation_that_was_lost_twice_is_told_from_its_beginning(tmp_path:
     told = one.order(3, 2)["preamble"]
     for words in ("> the topic", "> answer 1.1", "> more of it", "> answer 2.1", "> answer 2.2"):
         assert words in told
+
+
+@pytest.mark.parametrize("crash", [None, "before the session", "before the ledger"])
+@pytest.mark.parametrize("kept_by", ["a busy thread", "the host"])
+def test_an_attempt_in_which_codex_was_not_started_is_none_to_tell_of(
+    tmp_path: Path, kept_by: str, crash: str | None
+) -> None:
+    one = Round(tmp_path)
+    one.accept(1, "what to do")
+    one.order(1)
+    if kept_by == "a busy thread":
+        one.left(1, ran=False, outcome="thread-busy", message="written by another process")
+    one.attempts.collect(clock.steady())
+    one.attempts.awake(clock.steady() + 3600)
+    assert not list(one.dirs.transcripts.iterdir())
+
+    assert one.order(1, 2)["preamble"] == ""
+    one.left(1, 2, outcome="interrupted", thread=A, turn_started=True)
+    if crash:  # it was judged, and not all of that written
+        one.attempts.finish.judge(one.ledger.book.tasks[ident(1)])
+    if crash == "before the session":
+        (one.dirs.sessions / "web.json").unlink()
+    one.attempts.collect(clock.steady())
+
+    assert one.run(1, 3)["preamble"] == prompt.RESUMED
+    said = transcript.last(one.dirs.transcripts / "web.jsonl", 9)
+    assert [(line["role"], line["attempt"]) for line in said] == [
+        ("user", 2), ("assistant", 2), ("assistant", 3),
+    ]  # fmt: skip
+    assert said[0]["text"] == "what to do"
+
+
+@pytest.mark.parametrize("left", ["nothing", "its mark", "a damaged result", "not even its place"])
+def test_an_attempt_of_which_nothing_tells_may_have_worked(tmp_path: Path, left: str) -> None:
+    """Its prompt was not said before, whatever is left of it, and is not said again."""
+    one = Round(tmp_path)
+    one.accept(1, "what to do")
+    one.order(1)
+    home = one.dirs.tasks / ident(1) / "1"
+    if left == "not even its place":
+        shutil.rmtree(home)
+    elif left != "nothing":
+        (home / "started").touch()
+    one.attempts.collect(clock.steady())
+    if left == "a damaged result":
+        (home / "result.json").write_text("{")
+    acted = left != "nothing"
+    assert bool(one.run(1, 2)["preamble"]) == acted
+    said = transcript.last(one.dirs.transcripts / "web.jsonl", 9)
+    asked = [line["attempt"] for line in said if line["role"] == "user"]
+    assert asked == [1 if acted else 2]
 
 
 def test_what_a_task_came_to_is_not_written_over(tmp_path: Path) -> None:
