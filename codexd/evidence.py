@@ -116,11 +116,22 @@ class Evidence:
                 break
         return begun, did
 
+    def ran(self, id: str, number: int) -> bool:
+        """Whether Codex ran in an attempt that is over, or may have and nothing tells."""
+        told = self._told(id, number)
+        return "exit_status" in told if told is not None else self.began(id, number)
+
     def _is_untold(self, id: str, number: int) -> bool:
         """Whether Codex may have run and nothing tells what it came to; of its events, a power
         cut or a full disk may have left none."""
-        result = place.attempt(self.dirs, id, number) / "result.json"
-        return self.began(id, number) and not durable.is_there(result)
+        return self._told(id, number) is None and self.began(id, number)
+
+    def _told(self, id: str, number: int) -> Mapping[str, object] | None:
+        """The result of an attempt; None if there is none that can be read."""
+        try:
+            return place.result(self.dirs, id, number)
+        except ValueError:
+            return None
 
     def _printed(self, id: str, number: int) -> codex.Reader:
         """What Codex said in an attempt, as far as that can be read."""

@@ -207,7 +207,7 @@ class Finish:
     def _said(self, task: Task, found: Result, now: str) -> list[dict[str, object]]:
         key = {"task": task.id, "attempt": task.launches}
         lines: list[dict[str, object]] = []
-        if task.launches == 1:
+        if not any(self.evidence.ran(task.id, n) for n in range(1, task.launches)):
             lines.append({"ts": task.started, **key, "role": "user", "text": self._prompt(task)})
         said: dict[str, object] = {
             "ts": now, **key, "role": "assistant", "thread": found.thread

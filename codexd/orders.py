@@ -79,6 +79,8 @@ class Orders:
     def _orders(self, task: Task, request: Request, thread: str | None) -> dict[str, object]:
         config = self.config
         named = request.profile or config.codex.profile
+        most = config.codex.sandbox  # perhaps lowered since the task was accepted
+        sandbox = min(request.sandbox or most, most, key=lambda one: one.order)
         return {
             "thread": thread,
             "preamble": self._preamble(task, thread),
@@ -91,7 +93,7 @@ class Orders:
             "env": self.keeper.env_keys,
             "model": request.model or config.codex.model,
             "profile": named,
-            "sandbox": self.keeper.sandbox(named, request.sandbox or config.codex.sandbox),
+            "sandbox": self.keeper.sandbox(named, sandbox),
             "sandbox_verb": self.keeper.sandbox_verb,
             "timeout": request.timeout or config.timeout,
             "idle_timeout": request.idle_timeout or config.idle_timeout,
@@ -110,12 +112,13 @@ class Orders:
     def _preamble(self, task: Task, thread: str | None) -> str:
         """What the model must know before a task that has run already."""
         evidence = self.finish.evidence
-        if not any(evidence.began(task.id, n) for n in range(1, task.launches + 1)):
+        if not any(evidence.ran(task.id, n) for n in range(1, task.launches + 1)):
             return ""
         if thread:
             return prompt.RESUMED
         path = self.dirs.transcripts / f"{session.stem(task.session_name)}.jsonl"
-        records = [r for r in transcript.last(path, 20) if not _asked(r, task.id)]
+        records = transcript.conversation(transcript.last(path, 20), task.id)
+        records = [r for r in records if not _asked(r, task.id)]
         begun, did = evidence.acted(task)
         return prompt.fresh(begun, did, prompt.summary(records, self.config.memory.chars))
 

@@ -86,6 +86,24 @@ def last(path: Path, count: int) -> list[dict[str, object]]:
     return list(_readable(lines))[-count:]
 
 
+def conversation(records: list[dict[str, object]], id: str) -> list[dict[str, object]]:
+    """Of the last lines, those of the conversation that this task is the latest in.
+
+    Its own, and those of tasks with a thread of it: a task that went on in a new thread has
+    lines in both, but what was to be forgotten (a reset, `resume: never`) has none in common.
+    """
+    found: list[dict[str, object]] = []
+    tasks: list[object] = [id]  # no sets: a damaged line may have anything here
+    threads: list[object] = []
+    for record in reversed(records):
+        task, thread = record.get("task"), record.get("thread")
+        if task in tasks or thread in threads:
+            found.append(record)
+            tasks.append(task)
+            threads += [thread] if thread else []
+    return found[::-1]
+
+
 def began(path: Path) -> float | None:
     """When the first line was said (epoch seconds); None where that is not known."""
     try:

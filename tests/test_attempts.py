@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from codexd import clock, config, place, spool
+from codexd import clock, config, place, prompt, session, spool, transcript
 from codexd.attempts import RETRY, Attempts
 from codexd.finish import Finish
 from codexd.gate import Keeper
@@ -107,12 +108,35 @@ class Round:
     def end(self, number: int) -> None:
         self.ledger.append([move(number, Kind.DONE, outcome="done")])
 
-    def left(self, number: int, **result: object) -> None:
-        """The result of its first attempt."""
-        attempt = self.dirs.tasks / ident(number) / "1"
-        attempt.mkdir()
-        (attempt / "started").touch()
-        (attempt / "result.json").write_text(json.dumps({"exit_status": 0, **result}))
+    def left(self, number: int, attempt: int = 1, ran: bool = True, **result: object) -> None:
+        """The result of an attempt; `ran`: in which Codex was started."""
+        home = self.dirs.tasks / ident(number) / str(attempt)
+        home.mkdir(exist_ok=True)
+        (home / "started").touch()
+        evidence = {"exit_status": 0} if ran else {}
+        (home / "result.json").write_text(json.dumps({**evidence, **result}))
+
+    def accept(self, number: int, text: str, resume: str = "auto") -> None:
+        """One more task, of the session web."""
+        request = {**Request(text, session="web").to_json(), "resume": resume}
+        self.ledger.append([queued(number, session="web", limit=3)])
+        (self.dirs.tasks / ident(number)).mkdir()
+        place.store(self.dirs, ident(number), {"id": ident(number), "request": request})
+
+    def order(self, number: int, attempt: int = 1) -> dict[str, Any]:
+        """What the next attempt is told."""
+        self.attempts.dispatch(clock.steady())
+        home = self.dirs.tasks / ident(number) / str(attempt)
+        orders: dict[str, Any] = json.loads((home / "attempt.json").read_text())
+        return orders
+
+    def run(self, number: int, attempt: int = 1, **result: object) -> dict[str, Any]:
+        """An attempt from its orders, which are given, to its judgement."""
+        orders = self.order(number, attempt)
+        told = {"outcome": "done", "answer": f"answer {number}.{attempt}", **result}
+        self.left(number, attempt, **{"thread": orders["thread"], **told})
+        self.attempts.collect(clock.steady())
+        return orders
 
 
 def test_one_that_was_to_try_the_gate_and_could_not_be_recorded_tries_it_later(
@@ -192,6 +216,142 @@ def test_of_those_that_could_not_be_ordered_the_ended_are_forgotten(tmp_path: Pa
     one.refused.clear()
     one.attempts.dispatch(clock.steady())
     assert one.refused == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "most", "given"),
+    [
+        ("danger-full-access", "read-only", "codexd-read-only"),
+        ("workspace-write", "read-only", "codexd-read-only"),
+        ("danger-full-access", "danger-full-access", "danger-full-access"),
+        ("read-only", "danger-full-access", "codexd-read-only"),
+        (None, "read-only", "codexd-read-only"),
+    ],
+)
+def test_a_sandbox_that_was_lowered_binds_what_was_accepted_before(
+    tmp_path: Path, asked: str | None, most: str, given: str
+) -> None:
+    (tmp_path / "codexd.yaml").write_text(f"codex:\n  sandbox: {most}\n")
+    one = Round(tmp_path, queued(1))
+    request = {**Request("x").to_json(), "sandbox": asked}
+    place.store(one.dirs, ident(1), {"id": ident(1), "request": request})
+    one.attempts.dispatch(clock.steady())
+    orders = json.loads((one.dirs.tasks / ident(1) / "1" / "attempt.json").read_text())
+    assert orders["sandbox"] == given
+
+
+# --- what the model is told of what was before ----------------------------------------------
+
+A, B = (f"01a20000-0000-7000-8000-00000000000{n}" for n in (1, 2))
+FULL = {"outcome": "context-full", "turn_started": True}
+
+
+def reset(one: Round) -> None:
+    known = session.load(one.dirs.sessions, "web")
+    session.save(one.dirs.sessions, session.forget(known, AT))
+
+
+@pytest.mark.parametrize("by", ["reset", "never"])
+@pytest.mark.parametrize(
+    "left", [{"outcome": "interrupted", "answer": None}, {**FULL, "thread": B}]
+)
+def test_what_a_task_was_to_forget_is_not_told_to_its_second_attempt(
+    tmp_path: Path, by: str, left: dict[str, object]
+) -> None:
+    one = Round(tmp_path)
+    one.accept(1, "the old topic")
+    one.run(1, thread=A)
+    if by == "reset":
+        reset(one)
+    one.accept(2, "the new topic", resume="never" if by == "never" else "auto")
+    assert one.run(2, **left)["thread"] is None
+    orders = one.order(2, 2)
+    assert orders["thread"] is None
+    assert "old topic" not in orders["preamble"]
+    assert "answer 1.1" not in orders["preamble"]
+    assert ("answer 2.1" in orders["preamble"]) == (left["outcome"] == "context-full")
+
+
+def test_of_a_lost_conversation_nothing_is_told_that_came_before_it(tmp_path: Path) -> None:
+    one = Round(tmp_path)
+    one.accept(1, "the old topic")
+    one.run(1, thread=A)
+    reset(one)
+    one.accept(2, "the new topic")
+    one.run(2, thread=B)
+    one.accept(3, "more of it")
+    assert one.run(3, outcome="thread-lost", answer=None)["thread"] == B
+    told = one.order(3, 2)["preamble"]
+    assert "could not be continued" in told
+    assert "user:\n> the new topic\nassistant:\n> answer 2.1" in told
+    assert "old topic" not in told
+    assert "answer 1.1" not in told
+    assert "more of it" not in told, "which is the message itself"
+
+
+def test_a_conversation_that_was_lost_twice_is_told_from_its_beginning(tmp_path: Path) -> None:
+    one = Round(tmp_path)
+    one.accept(1, "the topic")
+    one.run(1, thread=A)
+    one.accept(2, "more of it")
+    one.run(2, **FULL)
+    one.run(2, 2, thread=B)
+    one.accept(3, "and more")
+    one.run(3, outcome="thread-lost", answer=None)
+    told = one.order(3, 2)["preamble"]
+    for words in ("> the topic", "> answer 1.1", "> more of it", "> answer 2.1", "> answer 2.2"):
+        assert words in told
+
+
+@pytest.mark.parametrize("crash", [None, "before the session", "before the ledger"])
+@pytest.mark.parametrize("kept_by", ["a busy thread", "the host"])
+def test_an_attempt_in_which_codex_was_not_started_is_none_to_tell_of(
+    tmp_path: Path, kept_by: str, crash: str | None
+) -> None:
+    one = Round(tmp_path)
+    one.accept(1, "what to do")
+    one.order(1)
+    if kept_by == "a busy thread":
+        one.left(1, ran=False, outcome="thread-busy", message="written by another process")
+    one.attempts.collect(clock.steady())
+    one.attempts.awake(clock.steady() + 3600)
+    assert not list(one.dirs.transcripts.iterdir())
+
+    assert one.order(1, 2)["preamble"] == ""
+    one.left(1, 2, outcome="interrupted", thread=A, turn_started=True)
+    if crash:  # it was judged, and not all of that written
+        one.attempts.finish.judge(one.ledger.book.tasks[ident(1)])
+    if crash == "before the session":
+        (one.dirs.sessions / "web.json").unlink()
+    one.attempts.collect(clock.steady())
+
+    assert one.run(1, 3)["preamble"] == prompt.RESUMED
+    said = transcript.last(one.dirs.transcripts / "web.jsonl", 9)
+    assert [(line["role"], line["attempt"]) for line in said] == [
+        ("user", 2), ("assistant", 2), ("assistant", 3),
+    ]  # fmt: skip
+    assert said[0]["text"] == "what to do"
+
+
+@pytest.mark.parametrize("left", ["nothing", "its mark", "a damaged result", "not even its place"])
+def test_an_attempt_of_which_nothing_tells_may_have_worked(tmp_path: Path, left: str) -> None:
+    """Its prompt was not said before, whatever is left of it, and is not said again."""
+    one = Round(tmp_path)
+    one.accept(1, "what to do")
+    one.order(1)
+    home = one.dirs.tasks / ident(1) / "1"
+    if left == "not even its place":
+        shutil.rmtree(home)
+    elif left != "nothing":
+        (home / "started").touch()
+    one.attempts.collect(clock.steady())
+    if left == "a damaged result":
+        (home / "result.json").write_text("{")
+    acted = left != "nothing"
+    assert bool(one.run(1, 2)["preamble"]) == acted
+    said = transcript.last(one.dirs.transcripts / "web.jsonl", 9)
+    asked = [line["attempt"] for line in said if line["role"] == "user"]
+    assert asked == [1 if acted else 2]
 
 
 def test_what_a_task_came_to_is_not_written_over(tmp_path: Path) -> None:

@@ -137,6 +137,11 @@ def test_threads_are_those_of_a_file_of_ours(tmp_path: Path) -> None:
         assert list(transcript.threads(tmp_path / name)) == []
 
 
+def test_of_damaged_lines_none_is_of_a_conversation() -> None:
+    own = {"task": "a", "thread": "T"}
+    assert transcript.conversation([{}, {"task": [], "thread": {}}, own], "a") == [own]
+
+
 # --- reading the end --------------------------------------------------------------
 
 

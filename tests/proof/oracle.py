@@ -198,9 +198,10 @@ def _ordered(told: Story, starts: list[dict[str, Any]]) -> list[str]:
 
 
 def _said(place: Place, told: Story) -> list[str]:
-    """The transcripts have every attempt once."""
+    """The transcripts have every attempt once, and the prompt of each task that ran once."""
     problems = []
     said: Counter[tuple[str, int]] = Counter()
+    asked: Counter[str] = Counter()
     answers: Counter[str] = Counter()
     for path in place.dirs.transcripts.glob("*.jsonl"):
         for line in path.read_text().splitlines():
@@ -212,8 +213,15 @@ def _said(place: Place, told: Story) -> list[str]:
             if one["role"] == "assistant":
                 said[one["task"], one["attempt"]] += 1
                 answers[one["task"]] += "outcome" not in one
+            else:
+                asked[one["task"]] += 1
     problems += [
         f"{id}/{n} is in the transcripts {k} times" for (id, n), k in said.items() if k > 1
+    ]
+    problems += [
+        f"the prompt of {id} is in the transcripts {asked[id]} times"
+        for id in {id for id, _ in said} | asked.keys()
+        if asked[id] != 1
     ]
     for id, ends in told.ends.items():
         done = bool(ends) and ends[0].kind is Kind.DONE

@@ -188,6 +188,11 @@ def said_twice(place: Place) -> None:
     path.write_text("".join([*lines(path), lines(path)[-1]]))
 
 
+def unasked(place: Place) -> None:
+    (path,) = place.dirs.transcripts.glob("*.jsonl")
+    path.write_text("".join(lines(path)[1:]))
+
+
 def seen(place: Place) -> None:
     (place.notes / "violations").write_text("X/1 started while session-s was held\n")
 
@@ -212,6 +217,7 @@ def test_the_oracle_finds_nothing_wrong(told: Place) -> None:
         (without_its_end, " ended 0 times"),
         (damaged, "seal"),
         (said_twice, " is in the transcripts 2 times"),
+        (unasked, " is in the transcripts 0 times"),
         (seen, "X/1 started while session-s was held"),
         (left_over, "left in tasks/: 2026"),
     ],
