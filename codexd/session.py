@@ -125,7 +125,8 @@ def add(
 
     Codex reports totals of the thread, so the use is the difference.  Some
     versions report each run by itself: totals that shrink are taken as such.
-    A total that is not reported says nothing.
+    A total that is not reported says nothing.  Without a thread, as when Codex ended
+    before it named one, the session's stays, with what was reported of it.
     """
     if session.applied == attempt:
         return session
@@ -145,7 +146,7 @@ def add(
         applied=attempt,
         usage=usage,
         used=used,
-        reported={**before, **reported},
+        reported={**before, **reported} if thread else session.reported,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from hypothesis import strategies as st
 
 from codexd import session
 from codexd.session import Session
+from tests.daemon import Daemon
 
 AT, LATER = "2026-11-23T07:20:11.123Z", "2026-11-23T08:00:00.000Z"
+FAKE = Path(__file__).parent / "bin" / "codex"
 KEYS = ("input_tokens", "cached_input_tokens", "output_tokens", "reasoning_output_tokens")
 
 
@@ -178,9 +182,13 @@ def test_an_attempt_killed_before_it_reported_is_counted_with_the_next() -> None
     assert after.usage["input_tokens"] == 180
 
 
-def test_a_thread_that_was_never_told_stays() -> None:
-    known = session.add(Session("web"), "x/1", "T", {}, AT)
-    assert session.add(known, "x/2", None, {}, AT).thread == "T"
+def test_an_attempt_without_a_thread_leaves_the_session_s() -> None:
+    """What was reported of it, too: the next attempt in it counts from there."""
+    known = session.add(Session("web"), "x/1", "T", tokens(100, 0, 10), AT)
+    for reported in ({}, tokens(7, 0, 7)):
+        without = session.add(known, "y/1", None, reported, AT)
+        assert (without.thread, without.used) == ("T", reported)
+        assert session.add(without, "z/1", "T", tokens(180, 0, 30), AT).used == tokens(80, 0, 20)
 
 
 def test_forget_leaves_the_totals() -> None:
@@ -210,3 +218,33 @@ def test_an_attempt_that_outlives_a_reset_does_not_bring_its_thread() -> None:
         assert (after.thread, first.thread, again.thread) == (None, None, None)
         assert again.used["input_tokens"] == 30
         assert session.add(again, "z/1", "V", tokens(5), LATER).thread == "V"
+
+
+# --- in a daemon ------------------------------------------------------------------
+
+
+@contextmanager
+def served(root: Path, *modes: str) -> Iterator[Daemon]:
+    """A daemon whose Codex does these one after another, and then the last."""
+    with Daemon(root, config=f"http:\n  listen: off\ncodex:\n  bin: {FAKE}\n") as daemon:
+        told = {"mode": ",".join(modes), "dump": str(root / "dump")}
+        (daemon.dirs.codex_home / "fake.json").write_text(json.dumps(told))
+        yield daemon
+
+
+def asked(daemon: Daemon, name: str, *keys: str) -> dict[str, Any]:
+    """What the answer says to the next task of the session `web`."""
+    daemon.drop(f"{name}.md", "\n".join(["---", "session: web", *keys, "---", f"Say {name}."]))
+    return daemon.answer(name, 60)[0]
+
+
+def test_what_has_no_thread_costs_the_session_nothing(tmp_path: Path) -> None:
+    """Else the whole thread would count again for the next task in it."""
+    with served(tmp_path / "root", "answer", "silent-exit", "answer") as daemon:
+        first = asked(daemon, "a")
+        assert asked(daemon, "b", "resume: never")["outcome"] == "unknown"
+        third = asked(daemon, "c")
+        assert third["thread"] == first["thread"]
+        assert (first["tokens_in"], third["tokens_in"]) == (100, 100)
+        assert daemon.json("session", "show", "web")["usage"]["input_tokens"] == 200
+        assert sum(day["tokens"] for day in daemon.json("usage")) == 220
