@@ -145,15 +145,16 @@ class Finish:
         self, task: Task, found: Result, step: policy.Step, used: Mapping[str, int]
     ) -> Event:
         ended = step.kind in (Kind.DONE, Kind.FAILED, Kind.CANCELLED)
+        fresh = step.fresh and not ended
         beside = place.told_beside(self.dirs, task.id) if ended else ""
         facts: dict[str, object] = {
             "outcome": found.outcome.value if ended else None,
             "message": _message(found, step, beside),
-            "thread": None if step.fresh else found.thread,
+            "thread": None if fresh else found.thread,
             "usage": _sum(task.usage, used),
             "cost": _sum(task.cost, found.cost or {}),
         }
-        if step.fresh:
+        if fresh:
             facts["fresh"] = True
         if not step.counted:
             facts["attempts"] = task.attempts - 1

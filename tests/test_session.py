@@ -248,3 +248,15 @@ def test_what_has_no_thread_costs_the_session_nothing(tmp_path: Path) -> None:
         assert (first["tokens_in"], third["tokens_in"]) == (100, 100)
         assert daemon.json("session", "show", "web")["usage"]["input_tokens"] == 200
         assert sum(day["tokens"] for day in daemon.json("usage")) == 220
+
+
+def test_a_full_thread_is_given_up_by_the_last_attempt_too(tmp_path: Path) -> None:
+    """Else each task after it would fail of it, until somebody resets the session."""
+    with served(tmp_path / "root", "answer", "replay:ectx", "answer") as daemon:
+        first, second = asked(daemon, "a"), asked(daemon, "b", "attempts: 1")
+        assert (second["state"], second["outcome"]) == ("failed", "context-full")
+        assert second["thread"] == first["thread"]
+        assert daemon.json("session", "show", "web")["thread"] is None
+        third = asked(daemon, "c", "attempts: 1")
+        assert third["state"] == "done"
+        assert third["thread"] != first["thread"]
