@@ -260,3 +260,16 @@ def test_a_full_thread_is_given_up_by_the_last_attempt_too(tmp_path: Path) -> No
         third = asked(daemon, "c", "attempts: 1")
         assert third["state"] == "done"
         assert third["thread"] != first["thread"]
+
+
+def test_another_thread_than_the_one_asked_for_is_not_taken_over(tmp_path: Path) -> None:
+    """The conversation goes on in its own, and counts from where it was."""
+    with served(tmp_path / "root", "answer", "wrong-thread", "answer") as daemon:
+        thread = asked(daemon, "a")["thread"]
+        second = asked(daemon, "b")
+        assert (second["outcome"], second["tokens_in"]) == ("unknown", 100)
+        assert second["thread"] == thread
+        assert f"instead of {thread}" in second["message"]
+        third = asked(daemon, "c")
+        assert (third["state"], third["thread"], third["tokens_in"]) == ("done", thread, 100)
+        assert daemon.json("session", "show", "web")["usage"]["input_tokens"] == 300
