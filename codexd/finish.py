@@ -182,7 +182,7 @@ class Finish:
         after = session.add(known, attempt, _thread(task, found), found.usage or {}, now)
         ended = step.kind in (Kind.DONE, Kind.FAILED, Kind.CANCELLED)
         after = replace(after, transcript=length, tasks=after.tasks + ended)
-        session.save(self.dirs.sessions, session.forget(after, now) if step.fresh else after)
+        session.save(self.dirs.sessions, session.lose(after, now) if step.fresh else after)
         return after.used
 
     def _write(self, known: session.Session, said: list[dict[str, object]]) -> int:

@@ -81,7 +81,7 @@ class Orders:
         named = request.profile or config.codex.profile
         return {
             "thread": thread,
-            "preamble": self._preamble(task, thread),
+            "preamble": self._preamble(task, request, thread),
             "header": config.prompt.header,
             "policy": config.prompt.policy,
             "workdir": task.workdir or str(config.workdir),
@@ -107,10 +107,12 @@ class Orders:
             },
         }
 
-    def _preamble(self, task: Task, thread: str | None) -> str:
-        """What the model must know before a task that has run already."""
+    def _preamble(self, task: Task, request: Request, thread: str | None) -> str:
+        """What the model must know before a task that has run already, or would have continued
+        a thread that was lost."""
         evidence = self.finish.evidence
-        if not any(evidence.began(task.id, n) for n in range(1, task.launches + 1)):
+        ran = any(evidence.began(task.id, n) for n in range(1, task.launches + 1))
+        if not ran and not self._has_lost(task, request):
             return ""
         if thread:
             return prompt.RESUMED
@@ -118,6 +120,11 @@ class Orders:
         records = [r for r in transcript.last(path, 20) if not _asked(r, task.id)]
         begun, did = evidence.acted(task)
         return prompt.fresh(begun, did, prompt.summary(records, self.config.memory.chars))
+
+    def _has_lost(self, task: Task, request: Request) -> bool:
+        """Whether the task would continue a thread of its session, which is lost."""
+        lost = self.finish.session(task.session_name).lost
+        return lost is not None and request.resume is not Resume.NEVER
 
 
 def _rg(binary: str) -> str | None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from codexd import session
 from codexd.session import Session
-from tests.daemon import Daemon
+from tests.daemon import Daemon, until
 
 AT, LATER = "2026-11-23T07:20:11.123Z", "2026-11-23T08:00:00.000Z"
 FAKE = Path(__file__).parent / "bin" / "codex"
@@ -208,6 +208,16 @@ def test_a_turn_that_outlives_a_reset_does_not_undo_it() -> None:
     assert (begun.thread, begun.used["input_tokens"]) == ("U", 5)
 
 
+def test_a_lost_thread_is_told_until_there_is_another() -> None:
+    known = session.add(Session("web"), "x/1", "T", tokens(100), AT)
+    lost = session.lose(known, LATER)
+    assert (lost.thread, lost.lost) == (None, "T")
+    assert session.add(lost, "x/2", None, {}, LATER).lost == "T"
+    assert session.add(lost, "x/2", "U", {}, LATER).lost is None
+    assert session.forget(lost, LATER).lost is None, "a reset is meant"
+    assert session.lose(session.forget(known, LATER), LATER).lost is None
+
+
 def test_an_attempt_that_outlives_a_reset_does_not_bring_its_thread() -> None:
     """Not even where nobody knew the thread at the time, and not by its next attempt."""
     for known in (Session("web"), session.add(Session("web"), "x/1", "T", tokens(9), AT)):
@@ -236,6 +246,11 @@ def asked(daemon: Daemon, name: str, *keys: str) -> dict[str, Any]:
     """What the answer says to the next task of the session `web`."""
     daemon.drop(f"{name}.md", "\n".join(["---", "session: web", *keys, "---", f"Say {name}."]))
     return daemon.answer(name, 60)[0]
+
+
+def given(daemon: Daemon) -> list[str]:
+    """What each Codex was started with, as it says itself."""
+    return (daemon.root / "dump").read_text().splitlines()
 
 
 def test_what_has_no_thread_costs_the_session_nothing(tmp_path: Path) -> None:
@@ -273,3 +288,27 @@ def test_another_thread_than_the_one_asked_for_is_not_taken_over(tmp_path: Path)
         third = asked(daemon, "c")
         assert (third["state"], third["thread"], third["tokens_in"]) == ("done", thread, 100)
         assert daemon.json("session", "show", "web")["usage"]["input_tokens"] == 300
+
+
+@pytest.mark.parametrize(
+    ("keys", "reset", "told"),
+    [([], False, True), (["resume: never"], False, False), ([], True, False)],
+    ids=["goes-on", "never", "reset"],
+)
+def test_the_next_task_is_told_what_was_said_in_a_lost_thread(
+    tmp_path: Path, keys: list[str], reset: bool, told: bool
+) -> None:
+    """Whatever became of the task that lost it; but not where a new beginning is asked for."""
+    with served(tmp_path / "root", "answer", "replay:ectx", "answer") as daemon:
+        asked(daemon, "a")
+        assert asked(daemon, "b", "resume: always")["outcome"] == "context-full"
+        if reset:
+            assert daemon.run("session", "reset", "web").returncode == 0
+            until(lambda: not list(daemon.dirs.inbox.glob("*.reset")), "the reset, obeyed")
+        assert asked(daemon, "c", *keys)["state"] == asked(daemon, "d")["state"] == "done"
+        third, fourth = (json.loads(line)["stdin"] for line in given(daemon)[2:])
+        assert ("could not be continued" in third) == ("> answer 1 to" in third) == told
+        assert "> Say a." in third or not told
+        assert "interrupted" not in third
+        assert fourth.endswith("Say d.\n")
+        assert "could not be continued" not in fourth
