@@ -145,15 +145,16 @@ class Finish:
         self, task: Task, found: Result, step: policy.Step, used: Mapping[str, int]
     ) -> Event:
         ended = step.kind in (Kind.DONE, Kind.FAILED, Kind.CANCELLED)
+        fresh = step.fresh and not ended
         beside = place.told_beside(self.dirs, task.id) if ended else ""
         facts: dict[str, object] = {
             "outcome": found.outcome.value if ended else None,
             "message": _message(found, step, beside),
-            "thread": None if step.fresh else found.thread,
+            "thread": None if fresh else _thread(task, found),
             "usage": _sum(task.usage, used),
             "cost": _sum(task.cost, found.cost or {}),
         }
-        if step.fresh:
+        if fresh:
             facts["fresh"] = True
         if not step.counted:
             facts["attempts"] = task.attempts - 1
@@ -178,10 +179,10 @@ class Finish:
             return known.used
         now = clock.now()
         length = self._write(known, self._said(task, found, now))
-        after = session.add(known, attempt, found.thread, found.usage or {}, now)
+        after = session.add(known, attempt, _thread(task, found), found.usage or {}, now)
         ended = step.kind in (Kind.DONE, Kind.FAILED, Kind.CANCELLED)
         after = replace(after, transcript=length, tasks=after.tasks + ended)
-        session.save(self.dirs.sessions, session.forget(after, now) if step.fresh else after)
+        session.save(self.dirs.sessions, session.lose(after, now) if step.fresh else after)
         return after.used
 
     def _write(self, known: session.Session, said: list[dict[str, object]]) -> int:
@@ -321,6 +322,12 @@ def _told(task: Task, found: Result) -> Result:
         # do the work a second time.
         return replace(found, outcome=Outcome.UNKNOWN)
     return found
+
+
+def _thread(task: Task, found: Result) -> str | None:
+    """The thread to go on in; None where Codex took another than it was asked to continue:
+    what was said so far is not in that one."""
+    return found.thread if task.thread in (None, found.thread) else None
 
 
 def _sum(before: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:

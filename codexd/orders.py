@@ -83,7 +83,7 @@ class Orders:
         sandbox = min(request.sandbox or most, most, key=lambda one: one.order)
         return {
             "thread": thread,
-            "preamble": self._preamble(task, thread),
+            "preamble": self._preamble(task, request, thread),
             "header": config.prompt.header,
             "policy": config.prompt.policy,
             "workdir": task.workdir or str(config.workdir),
@@ -109,18 +109,26 @@ class Orders:
             },
         }
 
-    def _preamble(self, task: Task, thread: str | None) -> str:
-        """What the model must know before a task that has run already."""
+    def _preamble(self, task: Task, request: Request, thread: str | None) -> str:
+        """What the model must know before a task that has run already, or would have continued
+        a thread that was lost."""
         evidence = self.finish.evidence
-        if not any(evidence.ran(task.id, n) for n in range(1, task.launches + 1)):
+        ran = any(evidence.ran(task.id, n) for n in range(1, task.launches + 1))
+        lost = self._lost(task, request)
+        if not ran and not lost:
             return ""
         if thread:
             return prompt.RESUMED
         path = self.dirs.transcripts / f"{session.stem(task.session_name)}.jsonl"
-        records = transcript.conversation(transcript.last(path, 20), task.id)
+        records = transcript.conversation(transcript.last(path, 20), task.id, lost)
         records = [r for r in records if not _asked(r, task.id)]
         begun, did = evidence.acted(task)
         return prompt.fresh(begun, did, prompt.summary(records, self.config.memory.chars))
+
+    def _lost(self, task: Task, request: Request) -> str | None:
+        """The thread of its session that the task would continue, and that is lost."""
+        never = request.resume is Resume.NEVER
+        return None if never else self.finish.session(task.session_name).lost
 
 
 def _rg(binary: str) -> str | None:

@@ -25,7 +25,7 @@ class Then(StrEnum):
     RESTART = "restart"  # again at once, not counted: the host stopped it
     WAIT = "wait"  # again after a pause, not counted: somebody else has to end
     GATE = "gate"  # again when the gate opens, not counted
-    FRESH = "fresh"  # again at once, in a new thread
+    FRESH = "fresh"  # again at once, while attempts are left; in any case in a new thread
 
 
 TABLE: dict[Outcome, Then] = {
@@ -71,7 +71,8 @@ class Step:
     """The next event of the task.
 
     `delay` seconds until it may start again; `counted` whether the attempt
-    counts against the limit; `fresh` whether the next one begins a new thread;
+    counts against the limit; `fresh` whether the next one, of this task or of its
+    session, begins a new thread;
     `close` whether the gate closes for the outcome; `patient` whether that it waits says
     nothing against the task, however often.
     """
@@ -130,7 +131,8 @@ def after(
         return Step(Kind.QUEUED, fresh=True)
     if then is Then.RETRY and attempts < limit:
         return Step(Kind.WAITING, delay=backoff(attempts, base, cap, chance))
-    return Step(Kind.FAILED)
+    # The last attempt gives such a thread up as well: the session's next task would meet it.
+    return Step(Kind.FAILED, fresh=then is Then.FRESH)
 
 
 def may_be_outage(outcome: Outcome, turned: bool) -> bool:

@@ -31,7 +31,8 @@ class Session:
 
     `forgotten` is the thread of the last reset: a turn that still runs in it then
     does not bring it back when it ends.  Nor does the attempt `outrun`, which was running
-    then in a thread that nobody knew yet.
+    then in a thread that nobody knew yet.  `lost` is a thread that could not be continued,
+    until there is another.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Session:
     reported: Mapping[str, int] = field(default_factory=dict)
     forgotten: str | None = None
     outrun: str | None = None
+    lost: str | None = None
 
 
 def stem(name: str) -> str:
@@ -96,7 +98,7 @@ def _checked(name: str, data: Mapping[str, object]) -> Session:
         name, text("thread"), text("created"), text("updated"), number("tasks"),
         text("applied"), number("transcript"),
         totals("usage"), totals("used"), totals("reported"), text("forgotten"),
-        text("outrun"),
+        text("outrun"), text("lost"),
     )  # fmt: skip
 
 
@@ -115,7 +117,14 @@ def forget(session: Session, now: str, runs: str | None = None) -> Session:
     `runs` is the attempt (ID/N) that is just running in it.
     """
     gone, created = session.thread or session.forgotten, session.created or now
-    return replace(session, thread=None, forgotten=gone, outrun=runs, created=created, updated=now)
+    return replace(
+        session, thread=None, forgotten=gone, outrun=runs, lost=None, created=created, updated=now
+    )
+
+
+def lose(session: Session, now: str) -> Session:
+    """The same where its thread cannot be continued, and nobody asked for a new beginning."""
+    return replace(forget(session, now), lost=session.thread)
 
 
 def add(
@@ -125,7 +134,8 @@ def add(
 
     Codex reports totals of the thread, so the use is the difference.  Some
     versions report each run by itself: totals that shrink are taken as such.
-    A total that is not reported says nothing.
+    A total that is not reported says nothing.  Without a thread, as when Codex ended
+    before it named one, the session's stays, with what was reported of it.
     """
     if session.applied == attempt:
         return session
@@ -134,18 +144,20 @@ def add(
     if any(reported[k] < before.get(k, 0) for k in reported):
         before = {}
     forgotten = thread if thread and attempt == session.outrun else session.forgotten
+    goes_on = thread if thread and thread != forgotten else session.thread
     used = {k: reported[k] - before.get(k, 0) for k in USAGE_KEYS if k in reported}
     usage = {k: session.usage.get(k, 0) + used.get(k, 0) for k in USAGE_KEYS}
     return replace(
         session,
-        thread=thread if thread and thread != forgotten else session.thread,
+        thread=goes_on,
         forgotten=forgotten,
         created=session.created or now,
         updated=now,
         applied=attempt,
         usage=usage,
         used=used,
-        reported={**before, **reported},
+        reported={**before, **reported} if thread else session.reported,
+        lost=None if goes_on else session.lost,
     )
 
 

@@ -86,15 +86,18 @@ def last(path: Path, count: int) -> list[dict[str, object]]:
     return list(_readable(lines))[-count:]
 
 
-def conversation(records: list[dict[str, object]], id: str) -> list[dict[str, object]]:
+def conversation(
+    records: list[dict[str, object]], id: str, continued: str | None = None
+) -> list[dict[str, object]]:
     """Of the last lines, those of the conversation that this task is the latest in.
 
-    Its own, and those of tasks with a thread of it: a task that went on in a new thread has
+    Its own, those of the thread that it would have `continued`, and those of tasks with a
+    thread of these: a task that went on in a new thread has
     lines in both, but what was to be forgotten (a reset, `resume: never`) has none in common.
     """
     found: list[dict[str, object]] = []
     tasks: list[object] = [id]  # no sets: a damaged line may have anything here
-    threads: list[object] = []
+    threads: list[object] = [continued] if continued else []
     for record in reversed(records):
         task, thread = record.get("task"), record.get("thread")
         if task in tasks or thread in threads:

@@ -28,6 +28,8 @@ WORD = 5.0  # seconds in which the master says a word of a delivered file
 LATE = 15.0  # seconds without a heartbeat after which the master counts as down
 DAYS = 92  # days that a report of usage adds up
 ARRIVING = 1000  # files of the inbox that a short list looks at
+# What a session's file has for the master alone.
+_PRIVATE = ("applied", "transcript", "reported", "used", "forgotten", "outrun", "lost")
 _MONTH = re.compile(r"[0-9]{4}-[0-9]{2}", re.ASCII)
 
 Json = dict[str, object]
@@ -248,7 +250,7 @@ class View:
         if found.created is None and not live:
             return None
         told = asdict(found)
-        for private in ("applied", "transcript", "reported", "used", "forgotten", "outrun"):
+        for private in _PRIVATE:
             del told[private]
         transcript = self.dirs.transcripts / f"{session.stem(name)}.jsonl"
         return {**told, "live": live, "transcript": str(transcript) if found.created else None}

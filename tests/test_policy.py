@@ -16,6 +16,7 @@ from codexd.policy import (
     REFUSALS,
     TABLE,
     Step,
+    Then,
     after,
     backoff,
     is_outage,
@@ -29,6 +30,7 @@ GATE = Step(Kind.QUEUED, counted=False, close=True, patient=True)
 WAIT = Step(Kind.WAITING, delay=10.0, counted=False, patient=True)
 LOST = Step(Kind.QUEUED, counted=False, fresh=True)
 FRESH = Step(Kind.QUEUED, fresh=True)
+GIVEN_UP = Step(Kind.FAILED, fresh=True)
 
 # outcome: after the first of three attempts, after the last, after too many interruptions
 EXPECTED = {
@@ -47,7 +49,7 @@ EXPECTED = {
     Outcome.HOST: (AGAIN, FAILED, AGAIN),
     Outcome.THREAD_LOST: (LOST, LOST, FRESH),
     Outcome.THREAD_BUSY: (WAIT, WAIT, WAIT),
-    Outcome.CONTEXT_FULL: (FRESH, FAILED, FRESH),
+    Outcome.CONTEXT_FULL: (FRESH, GIVEN_UP, FRESH),
     Outcome.NO_ANSWER: (FAILED, FAILED, FAILED),
     Outcome.VERIFY: (FAILED, FAILED, FAILED),
     Outcome.BUDGET: (FAILED, FAILED, FAILED),
@@ -121,6 +123,13 @@ def test_in_an_outage_its_own_outcomes_alone_close_the_gate(outcome: Outcome) ->
 )  # fmt: skip
 def test_an_outage_is_of_several_attempts_of_several_tasks(failed: str, outage: int) -> None:
     assert is_outage((one[0], int(one[1])) for one in failed.split()) == bool(outage)
+
+
+@pytest.mark.parametrize("outcome", [o for o in Outcome if TABLE[o] is Then.FRESH])
+def test_the_last_attempt_gives_its_thread_up_too(outcome: Outcome) -> None:
+    """Whoever comes next in the session must not meet the same."""
+    assert step(outcome, attempts=3, interruptions=INTERRUPTIONS) == GIVEN_UP
+    assert step(outcome, attempts=1, interruptions=INTERRUPTIONS, limit=1) == GIVEN_UP
 
 
 def test_what_is_not_counted_waits_ever_longer_too() -> None:

@@ -299,6 +299,14 @@ def test_a_turn_in_another_thread_than_the_one_asked_for_is_not_done_twice(tmp_p
     assert (found.event.kind, found.event.facts["outcome"]) == (Kind.FAILED, "unknown")
 
 
+def test_nor_is_a_turn_that_was_cut_short_there_resumed_there(tmp_path: Path) -> None:
+    one = Judge(tmp_path, session="web", thread=UNKNOWN_THREAD)
+    other = UNKNOWN_THREAD.replace("0", "1")
+    found = one.left(outcome="stall", thread=other, turn_started=True, exit_status=-2)
+    assert apply(one.task, found.event).thread == UNKNOWN_THREAD
+    assert one.finish.session("web").thread is None
+
+
 @pytest.mark.parametrize("result", [{}, {"outcome": "well done"}, {"outcome": ["done"]}])
 def test_a_result_without_a_known_outcome_is_not_done(
     tmp_path: Path, result: dict[str, object]

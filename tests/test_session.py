@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from hypothesis import strategies as st
 
 from codexd import session
 from codexd.session import Session
+from tests.daemon import Daemon, until
 
 AT, LATER = "2026-11-23T07:20:11.123Z", "2026-11-23T08:00:00.000Z"
+FAKE = Path(__file__).parent / "bin" / "codex"
 KEYS = ("input_tokens", "cached_input_tokens", "output_tokens", "reasoning_output_tokens")
 
 
@@ -178,9 +182,13 @@ def test_an_attempt_killed_before_it_reported_is_counted_with_the_next() -> None
     assert after.usage["input_tokens"] == 180
 
 
-def test_a_thread_that_was_never_told_stays() -> None:
-    known = session.add(Session("web"), "x/1", "T", {}, AT)
-    assert session.add(known, "x/2", None, {}, AT).thread == "T"
+def test_an_attempt_without_a_thread_leaves_the_session_s() -> None:
+    """What was reported of it, too: the next attempt in it counts from there."""
+    known = session.add(Session("web"), "x/1", "T", tokens(100, 0, 10), AT)
+    for reported in ({}, tokens(7, 0, 7)):
+        without = session.add(known, "y/1", None, reported, AT)
+        assert (without.thread, without.used) == ("T", reported)
+        assert session.add(without, "z/1", "T", tokens(180, 0, 30), AT).used == tokens(80, 0, 20)
 
 
 def test_forget_leaves_the_totals() -> None:
@@ -200,6 +208,16 @@ def test_a_turn_that_outlives_a_reset_does_not_undo_it() -> None:
     assert (begun.thread, begun.used["input_tokens"]) == ("U", 5)
 
 
+def test_a_lost_thread_is_told_until_there_is_another() -> None:
+    known = session.add(Session("web"), "x/1", "T", tokens(100), AT)
+    lost = session.lose(known, LATER)
+    assert (lost.thread, lost.lost) == (None, "T")
+    assert session.add(lost, "x/2", None, {}, LATER).lost == "T"
+    assert session.add(lost, "x/2", "U", {}, LATER).lost is None
+    assert session.forget(lost, LATER).lost is None, "a reset is meant"
+    assert session.lose(session.forget(known, LATER), LATER).lost is None
+
+
 def test_an_attempt_that_outlives_a_reset_does_not_bring_its_thread() -> None:
     """Not even where nobody knew the thread at the time, and not by its next attempt."""
     for known in (Session("web"), session.add(Session("web"), "x/1", "T", tokens(9), AT)):
@@ -210,3 +228,87 @@ def test_an_attempt_that_outlives_a_reset_does_not_bring_its_thread() -> None:
         assert (after.thread, first.thread, again.thread) == (None, None, None)
         assert again.used["input_tokens"] == 30
         assert session.add(again, "z/1", "V", tokens(5), LATER).thread == "V"
+
+
+# --- in a daemon ------------------------------------------------------------------
+
+
+@contextmanager
+def served(root: Path, *modes: str) -> Iterator[Daemon]:
+    """A daemon whose Codex does these one after another, and then the last."""
+    with Daemon(root, config=f"http:\n  listen: off\ncodex:\n  bin: {FAKE}\n") as daemon:
+        told = {"mode": ",".join(modes), "dump": str(root / "dump")}
+        (daemon.dirs.codex_home / "fake.json").write_text(json.dumps(told))
+        yield daemon
+
+
+def asked(daemon: Daemon, name: str, *keys: str) -> dict[str, Any]:
+    """What the answer says to the next task of the session `web`."""
+    daemon.drop(f"{name}.md", "\n".join(["---", "session: web", *keys, "---", f"Say {name}."]))
+    return daemon.answer(name, 60)[0]
+
+
+def given(daemon: Daemon) -> list[str]:
+    """What each Codex was started with, as it says itself."""
+    return (daemon.root / "dump").read_text().splitlines()
+
+
+def test_what_has_no_thread_costs_the_session_nothing(tmp_path: Path) -> None:
+    """Else the whole thread would count again for the next task in it."""
+    with served(tmp_path / "root", "answer", "silent-exit", "answer") as daemon:
+        first = asked(daemon, "a")
+        assert asked(daemon, "b", "resume: never")["outcome"] == "unknown"
+        third = asked(daemon, "c")
+        assert third["thread"] == first["thread"]
+        assert (first["tokens_in"], third["tokens_in"]) == (100, 100)
+        assert daemon.json("session", "show", "web")["usage"]["input_tokens"] == 200
+        assert sum(day["tokens"] for day in daemon.json("usage")) == 220
+
+
+def test_a_full_thread_is_given_up_by_the_last_attempt_too(tmp_path: Path) -> None:
+    """Else each task after it would fail of it, until somebody resets the session."""
+    with served(tmp_path / "root", "answer", "replay:ectx", "answer") as daemon:
+        first, second = asked(daemon, "a"), asked(daemon, "b", "attempts: 1")
+        assert (second["state"], second["outcome"]) == ("failed", "context-full")
+        assert second["thread"] == first["thread"]
+        assert daemon.json("session", "show", "web")["thread"] is None
+        third = asked(daemon, "c", "attempts: 1")
+        assert third["state"] == "done"
+        assert third["thread"] != first["thread"]
+
+
+def test_another_thread_than_the_one_asked_for_is_not_taken_over(tmp_path: Path) -> None:
+    """The conversation goes on in its own, and counts from where it was."""
+    with served(tmp_path / "root", "answer", "wrong-thread", "answer") as daemon:
+        thread = asked(daemon, "a")["thread"]
+        second = asked(daemon, "b")
+        assert (second["outcome"], second["tokens_in"]) == ("unknown", 100)
+        assert second["thread"] == thread
+        assert f"instead of {thread}" in second["message"]
+        third = asked(daemon, "c")
+        assert (third["state"], third["thread"], third["tokens_in"]) == ("done", thread, 100)
+        assert daemon.json("session", "show", "web")["usage"]["input_tokens"] == 300
+
+
+@pytest.mark.parametrize(
+    ("keys", "reset", "told"),
+    [([], False, True), (["resume: never"], False, False), ([], True, False)],
+    ids=["goes-on", "never", "reset"],
+)
+def test_the_next_task_is_told_what_was_said_in_a_lost_thread(
+    tmp_path: Path, keys: list[str], reset: bool, told: bool
+) -> None:
+    """Whatever became of the task that lost it; but not where a new beginning is asked for."""
+    with served(tmp_path / "root", "answer", "replay:ectx", "answer") as daemon:
+        asked(daemon, "a")
+        assert asked(daemon, "b", "resume: always")["outcome"] == "context-full"
+        if reset:
+            assert daemon.run("session", "reset", "web").returncode == 0
+            until(lambda: not list(daemon.dirs.inbox.glob("*.reset")), "the reset, obeyed")
+        assert asked(daemon, "c", *keys)["state"] == asked(daemon, "d")["state"] == "done"
+        third, fourth = (json.loads(line)["stdin"] for line in given(daemon)[2:])
+        assert ("could not be continued" in third) == ("> answer 1 to" in third) == told
+        assert "> Say a." in third or not told
+        assert "interrupted" not in third
+        assert fourth.endswith("Say d.\n")
+        assert "could not be continued" not in fourth
