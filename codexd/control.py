@@ -154,11 +154,7 @@ class Controls:
             return [self.finish.end(task, Kind.CANCELLED, facts)]
         if verb == "hold" and task.state in (State.QUEUED, State.WAITING) and task.reason != "hold":
             return [Event(now, Kind.WAITING, task.id, {"reason": "hold"})]
-        if verb == "release" and task.state is State.WAITING:
-            if task.reason == "hold" and task.bound:  # back to what its own file says
-                return [Event(now, Kind.WAITING, task.id, wait(task))]
-            return [Event(now, Kind.QUEUED, task.id, {"freed": True} if task.bound else {})]
-        return []
+        return _released(task, now) if verb == "release" else []
 
     def _reset(self, name: str, record: Record) -> bool:
         known = self.finish.session(name)
@@ -170,3 +166,16 @@ class Controls:
         runs = next((f"{t.id}/{t.launches}" for t in live if t.state is State.RUNNING), None)
         session.save(self.dirs.sessions, session.forget(known, now, runs))
         return True
+
+
+def _released(task: Task, now: str) -> list[Event]:
+    """The events that let a task start."""
+    if not task.bound:
+        return [Event(now, Kind.QUEUED, task.id)] if task.state is State.WAITING else []
+    waits = Event(now, Kind.WAITING, task.id, wait(task))
+    freed = Event(now, Kind.QUEUED, task.id, {"freed": True})
+    if task.state is State.QUEUED:  # just taken, it was about to wait
+        return [waits, freed]
+    if task.reason == "hold":
+        return [waits]  # back to what its own file says
+    return [freed] if task.state is State.WAITING else []
