@@ -150,7 +150,10 @@ def control(args: argparse.Namespace) -> int:
             then = "it is held if it comes back to the queue; to end it: codexd task cancel"
             print(f"task {id} is running and goes on; {then}", file=sys.stderr)
     if args.control == "retry":
-        report.lines(retried(view, ids))
+        new, refused = retried(view, ids)
+        report.lines(new)
+        if refused:
+            raise Trouble(Exit.FAILED, "; ".join(refused))
         return Exit.DONE
     give(view, *(f"{id}.{args.control}" for id in ids))
     return Exit.DONE

@@ -8,7 +8,6 @@ why.  Part of `cli`.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import time
@@ -206,20 +205,26 @@ def _words(view: View, ids: list[str], names: list[str]) -> tuple[list[str], lis
     return accepted, refused
 
 
-def retried(view: View, ids: list[str]) -> list[str]:
-    """Ask for ended tasks to be run again; the new ids, as far as the master says them."""
-    before = {str(task["id"]) for task in view.short_list()}
-    give(view, *(f"{id}.retry" for id in ids))
+def retried(view: View, ids: list[str]) -> tuple[list[str], list[str]]:
+    """Ask for ended tasks to be run again; the new ids, as far as the master says them,
+    and why there are none of others."""
+    before = {str(task["id"]) for task in view.short_list()} | view.rejections().keys()
+    names = {id: f"{id}.retry" for id in ids}
+    give(view, *names.values())
     end = time.monotonic() + (WORD if serves(view) else 0.0)
     while True:
         new = {t["retry_of"]: str(t["id"]) for t in view.short_list() if t["id"] not in before}
-        if new.keys() >= set(ids) or time.monotonic() >= end:
+        said = [event.facts for id, event in view.rejections().items() if id not in before]
+        refused = {facts.get("file"): f"rejected: {facts.get('reason')}" for facts in said}
+        rest = [id for id, name in names.items() if id not in new and name not in refused]
+        if not rest or time.monotonic() >= end:
             break
         time.sleep(POLL)
     if serves(view):
-        for id in [id for id in ids if id not in new]:
-            _tell_untried(view, f"{id}.retry")
-    return [new[id] for id in ids if id in new]
+        for id in rest:
+            print(f"codexd: {names[id]} lies in the inbox: {_why_not(view)}", file=sys.stderr)
+    why = [f"{name}: {refused[name]}" for name in names.values() if name in refused]
+    return [new[id] for id in ids if id in new], why
 
 
 # --- what is not heard of -------------------------------------------------------------
@@ -234,15 +239,6 @@ def _tell_untaken(view: View, ids: Sequence[str]) -> None:
     for id in ids:
         if not view.accepted(id):
             print(f"codexd: task {id} lies in the inbox: {_why_not(view)}", file=sys.stderr)
-
-
-def _tell_untried(view: View, name: str) -> None:
-    """The same of a retry that made no task."""
-    if os.path.lexists(view.dirs.inbox / name):
-        told = f"lies in the inbox: {_why_not(view)}"
-    else:
-        told = f"made no task yet; if it was rejected, {view.dirs.rejected} has the reason"
-    print(f"codexd: {name} {told}", file=sys.stderr)
 
 
 def _why_not(view: View) -> str:

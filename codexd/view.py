@@ -21,7 +21,7 @@ from codexd.book import RECENT
 from codexd.config import Directories
 from codexd.dispatch import overlap
 from codexd.ledger import Follower
-from codexd.model import Event, State, Task, is_id, to_json
+from codexd.model import Event, Note, State, Task, is_id, to_json
 from codexd.outcome import Outcome
 
 WORD = 5.0  # seconds in which the master says a word of a delivered file
@@ -69,6 +69,11 @@ class View:
     def verdict(self, id: str) -> Event | None:
         """Why a delivered file did not become a task: rejected, or repeated."""
         return self._follower.book.verdicts.get(id)
+
+    def rejections(self) -> dict[str, Event]:
+        """The last files that were rejected, by the ids that they were taken under."""
+        verdicts = self._follower.book.verdicts.items()
+        return {id: event for id, event in verdicts if event.kind is Note.REJECTED}
 
     def accepted(self, id: str) -> bool:
         """Whether the master has said anything of this task yet."""

@@ -421,6 +421,24 @@ def test_submit_tells_what_was_rejected_and_what_was_not(root: Root, tmp_path: P
     assert done.stderr.startswith(f"codexd: {rejected} was rejected: workdir /etc")
 
 
+def test_retry_tells_what_was_rejected_and_what_was_not(tmp_path: Path) -> None:
+    with Root(tmp_path / "root") as root:
+        good, bad = root.submit("a"), root.submit("b", sandbox="workspace-write")
+        for id in (good, bad):
+            root.reaches(id, "done")
+        for sandbox in ("read-only", "workspace-write"):
+            root.stop()
+            config = CONFIG.replace("codex:\n", f"codex:\n  sandbox: {sandbox}\n")
+            (root.root / "codexd.yaml").write_text(config)
+            root.start()
+            done = root.run("task", "retry", bad, good)
+            if sandbox == "read-only":
+                assert (done.returncode, len(done.stdout.split())) == (1, 1)
+                assert done.stderr.startswith(f"codexd: {bad}.retry: rejected: sandbox workspace-")
+        assert (done.returncode, done.stderr) == (0, ""), "what was said before is not said again"
+        assert [root.reaches(id, "done")["retry_of"] for id in done.stdout.split()] == [bad, good]
+
+
 def test_submit_and_check_know_the_limit(tmp_path: Path) -> None:
     """That of the configuration, also while the daemon has another one in force."""
     root = down(tmp_path, CONFIG + "limits:\n  file: 2K\n")
