@@ -319,7 +319,7 @@ DOCUMENT: Mapping[str, object] = {
         "/health": {
             "get": _operation(
                 "health",
-                "All is well.  The same body comes with 503 when it is not.",
+                "Tasks are started.  The same body comes with 503 when they are not.",
                 "200",
                 _content(_ref("Health")),
                 also=("503",),

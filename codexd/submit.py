@@ -96,20 +96,21 @@ def seconds(text: str | None) -> float | None:
 
 def ask(args: argparse.Namespace) -> int:
     view = View(directories(args))
-    well, health = view.health()
-    if not well and health["status"] == "down":
+    health = view.health()[1]
+    if health["status"] == "down":
         raise Trouble(
             Exit.UNAVAILABLE,
             f"codexd is not serving {view.dirs.state}: "
             f"{elsewhere(view.dirs) or 'start it with `codexd serve`'}. Nothing was submitted",
         )
     timeout, began = seconds(args.timeout), time.monotonic()
-    id = _deliver(view, asking.by_options(args, asking.limit(args, health)))
+    request = asking.by_options(args, most := asking.limit(args, health))
+    id = _deliver(view, asking.content(request, most))
     with going_on(args, [id]):
         id = _word(view, id, WORD if timeout is None else min(WORD, timeout))
         print(f"codexd: task {id}", file=sys.stderr)
-        if not well:
-            print(f"codexd: it will wait: {overview.why(health)}", file=sys.stderr)
+        if why := overview.holds(health, request.profile):
+            print(f"codexd: it will wait: {why}", file=sys.stderr)
         _tell_untaken(view, [id])
         left = None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
         task = until_ended(view, id, left, watched(view, report.progress(view.dirs)))

@@ -319,11 +319,13 @@ def master(host: Host) -> Findings:
         yield ok("the master runs; workers are units of systemd")
     else:
         yield ok("the master runs; workers are its child processes")
+    gate = told.get("gate")
+    reasons = gate.items() if isinstance(gate, dict) else []
+    told_why = "; ".join(f"{reason}: {facts.get('message')}" for reason, facts in reasons)
     if not well:
-        gate = told.get("gate")
-        reasons = gate.items() if isinstance(gate, dict) else []
-        told_why = "; ".join(f"{reason}: {facts.get('message')}" for reason, facts in reasons)
         yield fail(f"no task starts: {told.get('trouble') or told_why}", "codexd status")
+    elif told_why:
+        yield warn(f"tasks of single profiles wait: {told_why}", "codexd status")
     if told.get("config_problem"):
         yield fail(f"the master refused codexd.yaml: {told['config_problem']}", "mend it, reload")
 

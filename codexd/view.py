@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from codexd import durable, heartbeat, lock, place, session, spend, spool, taskfile
 from codexd.book import RECENT
 from codexd.config import Directories
-from codexd.dispatch import overlap
+from codexd.dispatch import of_one, overlap
 from codexd.ledger import Follower
 from codexd.model import Event, Note, State, Task, is_id, to_json
 from codexd.outcome import Outcome
@@ -261,10 +261,10 @@ class View:
     # --- health -------------------------------------------------------------------
 
     def health(self) -> tuple[bool, Json]:
-        """Whether all is well, and what the master last said of itself.
+        """Whether tasks are started, and what the master last said of itself.
 
         `status` is `ok`, `down` (no heartbeat), `trouble`, or the reasons for
-        which the gate is closed.
+        which the gate is closed.  That it is for single profiles is no harm to the rest.
         """
         inbox = self._inbox_depth()
         found = heartbeat.read(self.dirs.heartbeat)
@@ -272,14 +272,14 @@ class View:
             return False, {"status": "down", "message": "the master is not running", **inbox}
         age, told = found
         gate = told.get("gate")
-        status = "ok"
+        reasons = sorted(gate) if isinstance(gate, dict) else []
+        well, status = all(map(of_one, reasons)), ",".join(reasons) or "ok"
         if not 0 <= age < LATE:
-            status, told["message"] = "down", f"no sign of life of the master for {age:.0f} s"
+            well, status = False, "down"
+            told["message"] = f"no sign of life of the master for {age:.0f} s"
         elif told.get("trouble"):
-            status = "trouble"
-        elif isinstance(gate, dict) and gate:
-            status = ",".join(sorted(gate))
-        return status == "ok", {"status": status, **told, "heartbeat_age": round(age, 1), **inbox}
+            well, status = False, "trouble"
+        return well, {"status": status, **told, "heartbeat_age": round(age, 1), **inbox}
 
     def usage(self, by: str) -> list[Json]:
         """Tokens of the last DAYS days, by "day", "session" or "model"; the greatest last."""

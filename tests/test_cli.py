@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 
-from codexd import __version__, overview, report
+from codexd import __version__, clock, overview, report
 from codexd.directories import Directories
-from codexd.model import State
+from codexd.ledger import Ledger
+from codexd.model import Event, Kind, Note, State
 from codexd.view import View
 from tests.daemon import PYTHON, Daemon, uncovered, until
 from tests.scripted_cases import CaseModel
@@ -845,6 +846,45 @@ def test_status_tells_what_has_to_be_mended(tmp_path: Path) -> None:
         assert done.returncode == 69
         assert done.stdout.startswith("codexd: hold: ")
         assert f"\n{refused}\n{damaged}\n" in done.stdout
+
+
+def test_what_holds_one_profile_holds_back_no_other(tmp_path: Path) -> None:
+    root = Root(tmp_path / "root")
+    config = CONFIG.replace("codex:\n", "codex:\n  profile: usual\n")
+    (root.root / "codexd.yaml").write_text(config)
+    closed(root, "quota:work", NOBODY, profile="work")
+    with root:
+        until(lambda: root.health()["gate"], "the gate")
+        done = root.run("status")
+        told = "quota:work until 2099-11-23T07:20:11.123Z: Quota exceeded"
+        assert done.stdout.splitlines()[:2] == [
+            "codexd: it works, but something has to be mended", f"profiles: {told}",
+        ]  # fmt: skip
+        assert done.returncode == root.run("status", "--json").returncode == 1
+        done = root.run("ask", "x")
+        assert (done.returncode, done.stdout) == (0, "fine\n")
+        assert "it will wait" not in done.stderr
+        done = root.run("ask", "--timeout", "1", "-o", "profile=work", "x")
+        assert done.returncode == 75
+        assert f"codexd: it will wait: {told}\n" in done.stderr
+        root.stop()
+        closed(root, "quota", NOBODY.replace("nobody", "usual0"))
+        root.start()
+        assert root.run("status").returncode == 69
+        for profile, waits in (("usual", True), ("other", False)):
+            options = ["-o", f"profile={profile}", *(["--timeout", "1"] if waits else [])]
+            done = root.run("ask", *options, "x")
+            assert done.returncode == (75 if waits else 0)
+            assert ("it will wait: quota until" in done.stderr) == waits
+
+
+def closed(root: Root, reason: str, id: str, **task: object) -> None:
+    """A task that waits at a gate which a daemon before has closed for long."""
+    root.left(id, (Kind.QUEUED, task), at=clock.now())
+    ledger = Ledger(root.dirs.ledger, root.dirs.checkpoint)
+    facts = {"reason": reason, "message": "Quota exceeded", "until": "2099-11-23T07:20:11.123Z"}
+    ledger.append([Event(clock.now(), Note.CLOSED, facts=facts)])
+    ledger.close()
 
 
 def test_status_tells_whatever_the_daemon_says(

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import pytest
 
-from codexd import clock, lock, metrics, openapi, spool, taskfile
+from codexd import clock, heartbeat, lock, metrics, openapi, spool, taskfile
 from codexd.api import WAITERS, Api
 from codexd.config import Directories, load
 from codexd.ledger import seal
@@ -403,6 +403,27 @@ def test_a_master_that_says_nothing_is_down(tmp_path: Path) -> None:
     assert str(told["message"]).startswith("no sign of life of the master for ")
     os.close(held)
     view.close()
+
+
+@pytest.mark.parametrize(
+    ("gate", "status"),
+    [
+        (["quota:work"], 200),
+        (["auth:a", "quota:b"], 200),
+        (["hold", "quota:b"], 503),
+        (["quota"], 503),
+    ],
+)
+def test_health_where_one_profile_is_held(tmp_path: Path, gate: list[str], status: int) -> None:
+    """Whoever looks at the status wants to know whether codexd works."""
+    dirs = Directories.below(tmp_path)
+    spool.prepare(dirs)
+    held = lock.hold(dirs.lock, 1.0)
+    with Web(tmp_path) as web:
+        heartbeat.write(dirs.heartbeat, {"gate": {reason: {} for reason in gate}})
+        said = web.ask("GET", "/health")
+    os.close(held)
+    assert (said.status, said.json["status"]) == (status, ",".join(gate))
 
 
 def test_pages(tmp_path: Path) -> None:
