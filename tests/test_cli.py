@@ -722,6 +722,22 @@ def test_cancel_a_running_task(root: Root) -> None:
     assert not [t for t in root.tasks() if t["retry_of"] == id]
 
 
+def test_a_release_after_a_hold_stands_though_the_clock_was_set_back(root: Root) -> None:
+    root.behave(mode="hang-turn")
+    id = root.submit()
+    root.reaches(id, "running")
+    hold = root.dirs.inbox / f"{id}.hold"
+    aside = root.dirs.inbox / ".aside"
+    aside.touch()
+    os.utime(aside, (time.time() + 3600,) * 2)
+    until(lambda: not root.health()["seen"], "nothing else was seen")
+    aside.rename(hold)
+    until(lambda: root.health()["seen"], "the hold was seen")
+    assert root.run("task", "release", id).returncode == 0
+    until(lambda: not hold.exists(), "forgotten")
+    root.cancel(id)
+
+
 # --- sessions -------------------------------------------------------------------------------
 
 
