@@ -761,6 +761,27 @@ def test_a_session_of_any_name(root: Root, name: str) -> None:
     assert after["usage"]["input_tokens"] == 200  # type: ignore[index]
 
 
+def test_a_task_that_is_to_be_tried_again_goes_on_in_its_thread_after_a_reset(
+    tmp_path: Path,
+) -> None:
+    with Root(tmp_path / "root") as root:
+        root.behave(mode="hang-turn")
+        id = root.submit(session="web")
+        root.reaches(id, "running")
+        events = root.dirs.tasks / id / "1" / "events.jsonl"
+        until(lambda: events.exists() and "turn.started" in events.read_text(), "its turn")
+        root.run("task", "hold", id)
+        root.stop()
+        root.behave()
+        root.start()
+        thread = root.reaches(id, "waiting")["thread"]
+        assert root.run("session", "reset", "web").returncode == 0
+        until(lambda: not list(root.dirs.inbox.iterdir()), "the reset, obeyed")
+        root.run("task", "release", id)
+        assert root.reaches(id, "done")["thread"] == thread is not None
+        assert root.reaches(root.submit(session="web"), "done")["thread"] not in (None, thread)
+
+
 def test_a_session_whose_name_is_too_long_for_a_control_file(root: Root) -> None:
     name = "日" * 200
     root.json("ask", "-s", name, "x")
