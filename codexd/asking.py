@@ -43,8 +43,8 @@ def read(name: str, most: int) -> bytes:
         return file.read(most + 1)
 
 
-def by_options(args: argparse.Namespace, most: int) -> bytes:
-    """The task file for what `ask` was told."""
+def by_options(args: argparse.Namespace, most: int) -> Request:
+    """What `ask` was told."""
     text = _standard_input(most) if args.text == "-" else args.text
     values: dict[str, object] = {"prompt": Scalar(text, Form.TEXT)}
     for option in args.option:
@@ -54,7 +54,7 @@ def by_options(args: argparse.Namespace, most: int) -> bytes:
     if args.workdir is not None:
         values["workdir"] = Scalar(os.path.abspath(args.workdir), Form.TEXT)
     request = taskfile.from_mapping(Document(values))
-    return _content(replace(request, title=request.title or _title(request.prompt)), most)
+    return replace(request, title=request.title or _title(request.prompt))
 
 
 def _set(values: dict[str, object], option: str) -> None:
@@ -92,11 +92,11 @@ def by_file(name: str, most: int) -> bytes:
     try:
         data, base = read(name, most), os.path.basename(name)
         if name == "-":
-            return _content(taskfile.parse("-.md", data, max_bytes=most), most)
+            return content(taskfile.parse("-.md", data, max_bytes=most), most)
         if controlfile.control(base):
             raise taskfile.Refused("a control file, which is no task: put it into the inbox")
         request = taskfile.parse(base, data, max_bytes=most)
-        return _content(replace(request, title=request.title or _title(base)), most)
+        return content(replace(request, title=request.title or _title(base)), most)
     except OSError as error:
         status = Exit.PERMISSION if isinstance(error, PermissionError) else Exit.FAILED
         raise Trouble(status, f"{name}: {error.strerror}. Nothing was submitted") from error
@@ -104,7 +104,7 @@ def by_file(name: str, most: int) -> bytes:
         raise Trouble(Exit.FAILED, f"{name}: {why}. Nothing was submitted") from why
 
 
-def _content(request: Request, most: int) -> bytes:
+def content(request: Request, most: int) -> bytes:
     """The request as it is delivered: in JSON, which may be longer than it was."""
     data = taskfile.dump(request)
     if len(data) > most:

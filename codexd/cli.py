@@ -51,7 +51,7 @@ from codexd.submit import (
 )
 from codexd.usage import parser
 from codexd.valid import check
-from codexd.view import Json, View
+from codexd.view import Json, View, is_held
 
 _LONGEST_NAME = 255  # bytes of a file's name
 
@@ -162,7 +162,10 @@ def control(args: argparse.Namespace) -> int:
             then = "it is held if it comes back to the queue; to end it: codexd task cancel"
             print(f"task {id} is running and goes on; {then}", file=sys.stderr)
     if args.control == "retry":
-        report.lines(retried(view, ids))
+        new, refused = retried(view, ids)
+        report.lines(new)
+        if refused:
+            raise Trouble(Exit.FAILED, "; ".join(refused))
         return Exit.DONE
     give(view, *(f"{id}.{args.control}" for id in ids))
     return Exit.DONE
@@ -236,13 +239,13 @@ def memory(args: argparse.Namespace) -> int:
 
 def status(args: argparse.Namespace) -> int:
     if hasattr(args, "json"):
-        well, health = View(directories(args)).health()
+        health = View(directories(args)).health()[1]
         report.dump(health)
     else:
         view = view_of(args)
-        well, health = view.health()
-        overview.status(view, well, health)
-    if not well:
+        health = view.health()[1]
+        overview.status(view, health)
+    if is_held(health):
         return Exit.UNAVAILABLE
     return Exit.FAILED if overview.problems(health) else Exit.DONE
 

@@ -50,6 +50,8 @@ class Controls:
         self.keeper = keeper
         self.finish = finish
         self.waiting: list[str] = []  # those whose task is in the inbox, or runs and is to be held
+        self._came: dict[str, tuple[int, int]] = {}  # see `_order`
+        self._looks = 0
 
     def obey(self, names: list[str], record: Record) -> list[str]:
         """Obey what is a control file; the other names.
@@ -58,18 +60,25 @@ class Controls:
         """
         found = [name for name in names if name.endswith(_ENDINGS)]
         self.waiting = []
+        self._looks += 1
+        self._came = {name: self._order(name) for name in found}
         if not found:
             return names
-        found.sort(key=lambda name: (self._written(name), name))
+        found.sort(key=lambda name: (self._came[name], name))
         done = {name for name in found if self._tried(name, record)}
         return [name for name in names if name not in done]
 
-    def _written(self, name: str) -> int:
-        """When a control file was put there; nanoseconds."""
+    def _order(self, name: str) -> tuple[int, int]:
+        """When a control file was put there: in which look it was new, then by its time.
+
+        The clock may have been set back between two that are not of one look.
+        """
         try:
-            return os.lstat(self.dirs.inbox / name).st_mtime_ns
+            written = os.lstat(self.dirs.inbox / name).st_mtime_ns
         except FileNotFoundError:
-            return 0
+            return 0, 0
+        look, known = self._came.get(name, (0, 0))
+        return (look if written == known else self._looks), written
 
     def _tried(self, name: str, record: Record) -> bool:
         """`_obeyed`; what the host refuses is tried again in the next round."""
@@ -128,7 +137,7 @@ class Controls:
 
     def _forget(self, name: str, by: str) -> None:
         """Remove a control file that is still there and is not later than that other one."""
-        if self._written(name) <= self._written(by):
+        if self._order(name) <= self._order(by):
             (self.dirs.inbox / name).unlink(missing_ok=True)
 
     def _all(self, verb: str) -> None:
@@ -154,11 +163,7 @@ class Controls:
             return [self.finish.end(task, Kind.CANCELLED, facts)]
         if verb == "hold" and task.state in (State.QUEUED, State.WAITING) and task.reason != "hold":
             return [Event(now, Kind.WAITING, task.id, {"reason": "hold"})]
-        if verb == "release" and task.state is State.WAITING:
-            if task.reason == "hold" and task.bound:  # back to what its own file says
-                return [Event(now, Kind.WAITING, task.id, wait(task))]
-            return [Event(now, Kind.QUEUED, task.id, {"freed": True} if task.bound else {})]
-        return []
+        return _released(task, now) if verb == "release" else []
 
     def _reset(self, name: str, record: Record) -> bool:
         known = self.finish.session(name)
@@ -170,3 +175,16 @@ class Controls:
         runs = next((f"{t.id}/{t.launches}" for t in live if t.state is State.RUNNING), None)
         session.save(self.dirs.sessions, session.forget(known, now, runs))
         return True
+
+
+def _released(task: Task, now: str) -> list[Event]:
+    """The events that let a task start."""
+    if not task.bound:
+        return [Event(now, Kind.QUEUED, task.id)] if task.state is State.WAITING else []
+    waits = Event(now, Kind.WAITING, task.id, wait(task))
+    freed = Event(now, Kind.QUEUED, task.id, {"freed": True})
+    if task.state is State.QUEUED:  # just taken, it was about to wait
+        return [waits, freed]
+    if task.reason == "hold":
+        return [waits]  # back to what its own file says
+    return [freed] if task.state is State.WAITING else []

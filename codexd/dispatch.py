@@ -20,6 +20,11 @@ AFTER, NOT_BEFORE = "after", "not_before"  # reasons to wait that a task's file 
 KEYED = frozenset({"quota", "auth", "transient", "rate"})
 
 
+def of_one(reason: str) -> bool:
+    """Whether it holds only the tasks with the profile that it names."""
+    return ":" in reason
+
+
 @dataclass(frozen=True, slots=True)
 class Gate:
     """What holds dispatch: reason -> the facts it was closed with.

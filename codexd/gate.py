@@ -25,7 +25,7 @@ from pathlib import Path
 
 from codexd import canary, clock, codex, command, free, policy, profile
 from codexd.config import Config
-from codexd.dispatch import KEYED, Gate
+from codexd.dispatch import KEYED, Gate, of_one
 from codexd.ledger import Ledger, LedgerFull
 from codexd.model import Event, Note, Sandbox, Task
 from codexd.outcome import Outcome
@@ -250,7 +250,7 @@ class Keeper:
         """For the heartbeat: why nothing starts, and what was used when it was looked at last."""
         # Those of single profiles come last: there may be as many as anybody likes.
         closed, day = self.closed, self.spend.day
-        shown = sorted(closed, key=lambda reason: ":" in reason)[:_SHOWN]
+        shown = sorted(closed, key=of_one)[:_SHOWN]
         used = {"day": day.day, **whole(day.total)} if day else None
         return {
             "gate": {reason: closed[reason] for reason in shown},

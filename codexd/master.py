@@ -230,6 +230,7 @@ class Master:
             "seen": self.seen,
             "full": self.intake.full,
             "file_limit": self.config.limits.file,
+            "profile": self.config.codex.profile,
             "trouble": self.trouble,
             "damaged": self.ledger.book.lost,
             "ended": self.ledger.book.ended,

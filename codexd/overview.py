@@ -6,23 +6,38 @@ reaches no terminal raw.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from codexd import spend
+from codexd.dispatch import Gate, of_one
 from codexd.program import clean
 from codexd.report import count_of, lines, sentence, what_of
-from codexd.view import Json, View
+from codexd.view import Json, View, is_held
 
 _PATIENCE = 0.5  # seconds in which failures of long ago are looked for
 
 
 def why(health: Json) -> str:
-    """The reasons for which work does not go on."""
+    """The reasons for which no task is started."""
+    gate = _gate(health) if health["status"] != "down" else {}
+    found = _told(gate, [reason for reason in gate if not of_one(reason)])
+    return found or clean(health.get("message") or health.get("trouble") or health["status"])
+
+
+def holds(health: Json, profile: str | None) -> str:
+    """Why a task with this profile of its own has to wait; nothing if it need not."""
+    usual = health.get("profile")
+    gate = Gate(_gate(health), profile=usual if isinstance(usual, str) else None)
+    return _told(gate.closed, gate.holding(profile)) or clean(health.get("trouble") or "")
+
+
+def _gate(health: Json) -> Mapping[str, Mapping[str, object]]:
     gate = health.get("gate")
-    if isinstance(gate, dict) and gate and health["status"] != "down":
-        more = f"; and {health['gate_more']} more" if health.get("gate_more") else ""
-        return clean("; ".join(_reason(k, v) for k, v in gate.items()) + more)
-    return clean(health.get("message") or health.get("trouble") or health["status"])
+    return gate if isinstance(gate, dict) else {}
+
+
+def _told(gate: Mapping[str, object], reasons: Collection[str]) -> str:
+    return clean("; ".join(_reason(name, gate[name]) for name in gate if name in reasons))
 
 
 def _reason(name: str, facts: object) -> str:
@@ -52,15 +67,19 @@ def problems(health: Json) -> list[str]:
             found.append("inbox: the queue is full (limits.queue); files wait until there is room")
         if health.get("sandbox"):
             found.append(f"sandbox: {health['sandbox']}")
+        gate = _gate(health)
+        if waits := _told(gate, [reason for reason in gate if of_one(reason)]):
+            more = f"; and {health['gate_more']} more" if health.get("gate_more") else ""
+            found.append(f"profiles: {waits}{more}")
     return [clean(line) for line in found]
 
 
-def status(view: View, well: bool, health: Json) -> None:
+def status(view: View, health: Json) -> None:
     """One screen: is all well, what goes on, what failed last, what today used."""
     tasks = view.short_list()
     wrong = problems(health)
     summary = "it works, but something has to be mended" if wrong else "all is well"
-    print(f"codexd: {summary if well else why(health)}")
+    print(f"codexd: {why(health) if is_held(health) else summary}")
     lines(wrong)
     if "version" in health:
         print(

@@ -8,7 +8,6 @@ why.  Part of `cli`.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import time
@@ -97,8 +96,8 @@ def seconds(text: str | None) -> float | None:
 
 def ask(args: argparse.Namespace) -> int:
     view = View(directories(args))
-    well, health = view.health()
-    if not well and health["status"] == "down":
+    health = view.health()[1]
+    if health["status"] == "down":
         serve = shlex.join(["codexd", *where(args), "serve"])
         raise Trouble(
             Exit.UNAVAILABLE,
@@ -106,12 +105,13 @@ def ask(args: argparse.Namespace) -> int:
             f"{elsewhere(view.dirs) or f'start it with `{serve}`'}. Nothing was submitted",
         )
     timeout, began = seconds(args.timeout), time.monotonic()
-    id = _deliver(view, asking.by_options(args, asking.limit(args, health)))
+    request = asking.by_options(args, most := asking.limit(args, health))
+    id = _deliver(view, asking.content(request, most))
     with going_on(args, [id]):
         id = _word(view, id, WORD if timeout is None else min(WORD, timeout))
         print(f"codexd: task {id}", file=sys.stderr)
-        if not well:
-            print(f"codexd: it will wait: {overview.why(health)}", file=sys.stderr)
+        if why := overview.holds(health, request.profile):
+            print(f"codexd: it will wait: {why}", file=sys.stderr)
         _tell_untaken(view, [id])
         left = None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
         task = until_ended(view, id, left, watched(view, report.progress(view.dirs)))
@@ -207,20 +207,26 @@ def _words(view: View, ids: list[str], names: list[str]) -> tuple[list[str], lis
     return accepted, refused
 
 
-def retried(view: View, ids: list[str]) -> list[str]:
-    """Ask for ended tasks to be run again; the new ids, as far as the master says them."""
-    before = {str(task["id"]) for task in view.short_list()}
-    give(view, *(f"{id}.retry" for id in ids))
+def retried(view: View, ids: list[str]) -> tuple[list[str], list[str]]:
+    """Ask for ended tasks to be run again; the new ids, as far as the master says them,
+    and why there are none of others."""
+    before = {str(task["id"]) for task in view.short_list()} | view.rejections().keys()
+    names = {id: f"{id}.retry" for id in ids}
+    give(view, *names.values())
     end = time.monotonic() + (WORD if serves(view) else 0.0)
     while True:
         new = {t["retry_of"]: str(t["id"]) for t in view.short_list() if t["id"] not in before}
-        if new.keys() >= set(ids) or time.monotonic() >= end:
+        said = [event.facts for id, event in view.rejections().items() if id not in before]
+        refused = {facts.get("file"): f"rejected: {facts.get('reason')}" for facts in said}
+        rest = [id for id, name in names.items() if id not in new and name not in refused]
+        if not rest or time.monotonic() >= end:
             break
         time.sleep(POLL)
     if serves(view):
-        for id in [id for id in ids if id not in new]:
-            _tell_untried(view, f"{id}.retry")
-    return [new[id] for id in ids if id in new]
+        for id in rest:
+            print(f"codexd: {names[id]} lies in the inbox: {_why_not(view)}", file=sys.stderr)
+    why = [f"{name}: {refused[name]}" for name in names.values() if name in refused]
+    return [new[id] for id in names if id in new], why
 
 
 # --- what is not heard of -------------------------------------------------------------
@@ -235,15 +241,6 @@ def _tell_untaken(view: View, ids: Sequence[str]) -> None:
     for id in ids:
         if not view.accepted(id):
             print(f"codexd: task {id} lies in the inbox: {_why_not(view)}", file=sys.stderr)
-
-
-def _tell_untried(view: View, name: str) -> None:
-    """The same of a retry that made no task."""
-    if os.path.lexists(view.dirs.inbox / name):
-        told = f"lies in the inbox: {_why_not(view)}"
-    else:
-        told = f"made no task yet; if it was rejected, {view.dirs.rejected} has the reason"
-    print(f"codexd: {name} {told}", file=sys.stderr)
 
 
 def _why_not(view: View) -> str:

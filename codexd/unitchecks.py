@@ -18,7 +18,7 @@ from codexd import codex, dropin, install, layout, sockets
 from codexd.checks import Finding, Findings, Host, become, fail, ok, said, warn
 from codexd.layout import Stand
 from codexd.program import Trouble
-from codexd.view import View
+from codexd.view import View, is_held
 
 _SHOWN = "LoadState,UnitFileState,ActiveState,NeedDaemonReload,Result,NRestarts"
 _BOOTS = ("enabled", "static", "linked", "enabled-runtime", "indirect")  # indirect: by its Also=
@@ -306,7 +306,7 @@ def cgroup(host: Host) -> Findings:
 
 def master(host: Host) -> Findings:
     """Whether it runs, and what it says of itself."""
-    well, told = View(host.dirs).health()
+    told = View(host.dirs).health()[1]
     if told["status"] == "down":
         start = " ".join([*host.manager, "restart", "codexd"]) if host.units else host.serve
         severe = fail if host.dirs.systemwide else warn
@@ -319,11 +319,13 @@ def master(host: Host) -> Findings:
         yield ok("the master runs; workers are units of systemd")
     else:
         yield ok("the master runs; workers are its child processes")
-    if not well:
-        gate = told.get("gate")
-        reasons = gate.items() if isinstance(gate, dict) else []
-        told_why = "; ".join(f"{reason}: {facts.get('message')}" for reason, facts in reasons)
+    gate = told.get("gate")
+    reasons = gate.items() if isinstance(gate, dict) else []
+    told_why = "; ".join(f"{reason}: {facts.get('message')}" for reason, facts in reasons)
+    if is_held(told):
         yield fail(f"no task starts: {told.get('trouble') or told_why}", "codexd status")
+    elif told_why:
+        yield warn(f"tasks of single profiles wait: {told_why}", "codexd status")
     if told.get("config_problem"):
         yield fail(f"the master refused codexd.yaml: {told['config_problem']}", "mend it, reload")
 

@@ -19,9 +19,9 @@ from dataclasses import asdict, replace
 from codexd import durable, heartbeat, lock, place, session, spend, spool, taskfile
 from codexd.book import RECENT
 from codexd.config import Directories
-from codexd.dispatch import overlap
+from codexd.dispatch import of_one, overlap
 from codexd.ledger import Follower
-from codexd.model import Event, State, Task, is_id, to_json
+from codexd.model import Event, Note, State, Task, is_id, to_json
 from codexd.outcome import Outcome
 
 WORD = 5.0  # seconds in which the master says a word of a delivered file
@@ -71,6 +71,11 @@ class View:
     def verdict(self, id: str) -> Event | None:
         """Why a delivered file did not become a task: rejected, or repeated."""
         return self._follower.book.verdicts.get(id)
+
+    def rejections(self) -> dict[str, Event]:
+        """The last files that were rejected, by the ids that they were taken under."""
+        verdicts = self._follower.book.verdicts.items()
+        return {id: event for id, event in verdicts if event.kind is Note.REJECTED}
 
     def accepted(self, id: str) -> bool:
         """Whether the master has said anything of this task yet."""
@@ -308,6 +313,13 @@ class View:
         except OSError:
             return {"inbox": None}
         return {"inbox": len(names) + len(taken)}
+
+
+def is_held(health: Json) -> bool:
+    """Whether no task is started, or none without a profile of its own."""
+    gate = health.get("gate")
+    reasons = gate if isinstance(gate, dict) else {}
+    return health["status"] in ("down", "trouble") or not all(map(of_one, reasons))
 
 
 def _matches(task: Json, state: str | None, session: str | None) -> bool:

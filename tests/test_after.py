@@ -279,6 +279,20 @@ def test_release(root: Family) -> None:
     assert root.task(running)["state"] == "running"
 
 
+def test_release_of_one_that_was_not_taken_yet(root: Family) -> None:
+    """The control file waits with the task's, and frees it before it can wait."""
+    root.stop()
+    first = root.submit("a", not_before="2h")
+    free = [root.submit("t", not_before="2h"), root.submit("c", after=[first], not_before="2h")]
+    assert root.run("task", "release", *free).returncode == 0
+    root.start()
+    for id in free:
+        assert root.reaches(id, "done")["attempts"] == 1
+    assert root.task(first)["reason"] == "not_before"
+    until(lambda: not list(root.dirs.inbox.iterdir()), "an empty inbox")
+    assert root.kinds(free[0]) == ["queued", "waiting", "queued", "running", "done"]
+
+
 def test_a_child_holds_back_those_behind_it_in_its_session(root: Family) -> None:
     running = parent(root)
     child = root.submit("c", session="s", after=[running])

@@ -642,9 +642,9 @@ def test_a_damaged_record_of_an_ended_task_cannot_be_retried(daemon: Mortal) -> 
         kept.unlink()
         kept.with_name(f"{kept.name}.reason").unlink()
     done = daemon.run("task", "retry", id)
-    assert (done.returncode, done.stdout) == (0, "")
-    why = f"made no task yet; if it was rejected, {daemon.dirs.rejected} has the reason"
-    assert done.stderr == f"codexd: {id}.retry {why}\n"
+    assert (done.returncode, done.stdout) == (1, "")
+    why = f"rejected: the record of task {id} is damaged: {MISTYPED[-1][1]}"
+    assert done.stderr == f"codexd: {id}.retry: {why}\n"
     kept.unlink()
     kept.with_name(f"{kept.name}.reason").unlink()
     (home / "task.json").write_text("{")

@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 
-from codexd import __version__, overview, report
+from codexd import __version__, clock, overview, report
 from codexd.directories import Directories
-from codexd.model import State
+from codexd.ledger import Ledger
+from codexd.model import Event, Kind, Note, State
 from codexd.view import View
 from tests.daemon import PYTHON, Daemon, uncovered, until
 from tests.scripted_cases import CaseModel
@@ -422,6 +423,24 @@ def test_submit_tells_what_was_rejected_and_what_was_not(root: Root, tmp_path: P
     assert done.stderr.startswith(f"codexd: {rejected} was rejected: workdir /etc")
 
 
+def test_retry_tells_what_was_rejected_and_what_was_not(tmp_path: Path) -> None:
+    with Root(tmp_path / "root") as root:
+        good, bad = root.submit("a"), root.submit("b", sandbox="workspace-write")
+        for id in (good, bad):
+            root.reaches(id, "done")
+        for sandbox in ("read-only", "workspace-write"):
+            root.stop()
+            config = CONFIG.replace("codex:\n", f"codex:\n  sandbox: {sandbox}\n")
+            (root.root / "codexd.yaml").write_text(config)
+            root.start()
+            done = root.run("task", "retry", bad, good)
+            if sandbox == "read-only":
+                assert (done.returncode, len(done.stdout.split())) == (1, 1)
+                assert done.stderr.startswith(f"codexd: {bad}.retry: rejected: sandbox workspace-")
+        assert (done.returncode, done.stderr) == (0, ""), "what was said before is not said again"
+        assert [root.reaches(id, "done")["retry_of"] for id in done.stdout.split()] == [bad, good]
+
+
 def test_submit_and_check_know_the_limit(tmp_path: Path) -> None:
     """That of the configuration, also while the daemon has another one in force."""
     root = down(tmp_path, CONFIG + "limits:\n  file: 2K\n")
@@ -718,6 +737,22 @@ def test_cancel_a_running_task(root: Root) -> None:
     assert not [t for t in root.tasks() if t["retry_of"] == id]
 
 
+def test_a_release_after_a_hold_stands_though_the_clock_was_set_back(root: Root) -> None:
+    root.behave(mode="hang-turn")
+    id = root.submit()
+    root.reaches(id, "running")
+    hold = root.dirs.inbox / f"{id}.hold"
+    aside = root.dirs.inbox / ".aside"
+    aside.touch()
+    os.utime(aside, (time.time() + 3600,) * 2)
+    until(lambda: not root.health()["seen"], "nothing else was seen")
+    aside.rename(hold)
+    until(lambda: root.health()["seen"], "the hold was seen")
+    assert root.run("task", "release", id).returncode == 0
+    until(lambda: not hold.exists(), "forgotten")
+    root.cancel(id)
+
+
 # --- sessions -------------------------------------------------------------------------------
 
 
@@ -739,6 +774,27 @@ def test_a_session_of_any_name(root: Root, name: str) -> None:
     assert after is not None
     assert after["thread"] not in (None, first["thread"])
     assert after["usage"]["input_tokens"] == 200  # type: ignore[index]
+
+
+def test_a_task_that_is_to_be_tried_again_goes_on_in_its_thread_after_a_reset(
+    tmp_path: Path,
+) -> None:
+    with Root(tmp_path / "root") as root:
+        root.behave(mode="hang-turn")
+        id = root.submit(session="web")
+        root.reaches(id, "running")
+        events = root.dirs.tasks / id / "1" / "events.jsonl"
+        until(lambda: events.exists() and "turn.started" in events.read_text(), "its turn")
+        root.run("task", "hold", id)
+        root.stop()
+        root.behave()
+        root.start()
+        thread = root.reaches(id, "waiting")["thread"]
+        assert root.run("session", "reset", "web").returncode == 0
+        until(lambda: not list(root.dirs.inbox.iterdir()), "the reset, obeyed")
+        root.run("task", "release", id)
+        assert root.reaches(id, "done")["thread"] == thread is not None
+        assert root.reaches(root.submit(session="web"), "done")["thread"] not in (None, thread)
 
 
 def test_a_session_whose_name_is_too_long_for_a_control_file(root: Root) -> None:
@@ -844,11 +900,50 @@ def test_status_tells_what_has_to_be_mended(tmp_path: Path) -> None:
         assert f"\n{refused}\n{damaged}\n" in done.stdout
 
 
+def test_what_holds_one_profile_holds_back_no_other(tmp_path: Path) -> None:
+    root = Root(tmp_path / "root")
+    config = CONFIG.replace("codex:\n", "codex:\n  profile: usual\n")
+    (root.root / "codexd.yaml").write_text(config)
+    closed(root, "quota:work", NOBODY, profile="work")
+    with root:
+        until(lambda: root.health()["gate"], "the gate")
+        done = root.run("status")
+        told = "quota:work until 2099-11-23T07:20:11.123Z: Quota exceeded"
+        assert done.stdout.splitlines()[:2] == [
+            "codexd: it works, but something has to be mended", f"profiles: {told}",
+        ]  # fmt: skip
+        assert done.returncode == root.run("status", "--json").returncode == 1
+        done = root.run("ask", "x")
+        assert (done.returncode, done.stdout) == (0, "fine\n")
+        assert "it will wait" not in done.stderr
+        done = root.run("ask", "--timeout", "1", "-o", "profile=work", "x")
+        assert done.returncode == 75
+        assert f"codexd: it will wait: {told}\n" in done.stderr
+        root.stop()
+        closed(root, "quota", NOBODY.replace("nobody", "usual0"))
+        root.start()
+        assert root.run("status").returncode == 69
+        for profile, waits in (("usual", True), ("other", False)):
+            options = ["-o", f"profile={profile}", *(["--timeout", "1"] if waits else [])]
+            done = root.run("ask", *options, "x")
+            assert done.returncode == (75 if waits else 0)
+            assert ("it will wait: quota until" in done.stderr) == waits
+
+
+def closed(root: Root, reason: str, id: str, **task: object) -> None:
+    """A task that waits at a gate which a daemon before has closed for long."""
+    root.left(id, (Kind.QUEUED, task), at=clock.now())
+    ledger = Ledger(root.dirs.ledger, root.dirs.checkpoint)
+    facts = {"reason": reason, "message": "Quota exceeded", "until": "2099-11-23T07:20:11.123Z"}
+    ledger.append([Event(clock.now(), Note.CLOSED, facts=facts)])
+    ledger.close()
+
+
 def test_status_tells_whatever_the_daemon_says(
     root: Root, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = {"full": True, "sandbox": "no namespaces", "watch_problem": "no inotify is left"}
-    overview.status(root.view, True, {**root.health(), **told})
+    overview.status(root.view, {**root.health(), **told})
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == [
         "codexd: it works, but something has to be mended",

@@ -316,6 +316,14 @@ def test_a_master_that_is_down_or_holds_tasks_back(patient: Patient) -> None:
         assert patient.bad("master")["what"].startswith("no task starts: hold: ")
 
 
+def test_a_master_that_holds_back_the_tasks_of_one_profile(patient: Patient) -> None:
+    held = lock.hold(patient.dirs.lock, 1.0)
+    heartbeat.write(patient.dirs.heartbeat, {"gate": {"quota:work": {"message": "spent"}}})
+    told = patient.bad("master", "warn")["what"]
+    os.close(held)
+    assert told == "tasks of single profiles wait: quota:work: spent"
+
+
 @pytest.mark.parametrize(("told", "status"), [(None, "ok"), ("bwrap: no", "fail")])
 def test_what_the_master_says_of_the_sandbox(
     patient: Patient, told: str | None, status: str
