@@ -2,8 +2,9 @@
 
 Part of the master.  They are obeyed in the order in which they came, so that the last
 of two that contradict each other stands.  The effect is in the ledger before the file
-is removed, and obeying twice changes nothing.  A control for something that does not exist is
-rejected with its reason, like any other file.
+is removed, and obeying twice changes nothing (but for the release of a held task that waits
+for another or for a time: the first undoes the hold, one more lets it start).  A
+control for something that does not exist is rejected with its reason, like any other file.
 """
 
 from __future__ import annotations
@@ -59,14 +60,19 @@ class Controls:
         A retry is left to the intake: it makes a task.
         """
         found = [name for name in names if name.endswith(_ENDINGS)]
-        self.waiting = []
         self._looks += 1
         self._came = {name: self._order(name) for name in found}
-        if not found:
-            return names
-        found.sort(key=lambda name: (self._came[name], name))
-        done = {name for name in found if self._tried(name, record)}
+        done = self._all_tried(found, record)
         return [name for name in names if name not in done]
+
+    def again(self, record: Record) -> None:
+        """Look once more at those that wait, as their tasks may have become others."""
+        self._all_tried(self.waiting, record)
+
+    def _all_tried(self, names: list[str], record: Record) -> set[str]:
+        self.waiting = []
+        order = sorted(names, key=lambda name: (self._came[name], name))
+        return {name for name in order if self._tried(name, record)}
 
     def _order(self, name: str) -> tuple[int, int]:
         """When a control file was put there: in which look it was new, then by its time.
@@ -172,8 +178,8 @@ class Controls:
             return False
         now = clock.now()
         record([Event(now, Note.RESET, facts={"session": name, "thread": known.thread})])
-        runs = next((f"{t.id}/{t.launches}" for t in live if t.state is State.RUNNING), None)
-        session.save(self.dirs.sessions, session.forget(known, now, runs))
+        begun = next((task.id for task in live if task.launches), None)
+        session.save(self.dirs.sessions, session.forget(known, now, begun))
         return True
 
 

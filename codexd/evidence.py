@@ -127,10 +127,10 @@ class Evidence:
         return self._told(id, number) is None and self.began(id, number)
 
     def _told(self, id: str, number: int) -> Mapping[str, object] | None:
-        """The result of an attempt; None if there is none that can be read."""
+        """The result of an earlier attempt; None if there is none that can be read."""
         try:
             return place.result(self.dirs, id, number)
-        except ValueError:
+        except (OSError, ValueError):  # no reason to hold up what ends now
             return None
 
     def _printed(self, id: str, number: int) -> codex.Reader:

@@ -233,7 +233,8 @@ class Intake:
             request = taskfile.parse(name, data, max_bytes=self.config.limits.file)
         allowed(self.config, request, self.limits)
         # As it was read: by the name of its file or its door alone it is no other task.
-        content = taskfile.dump(replace(request, title=None, key=None))
+        bare = replace(request, title=None, key=None, prompt=request.prompt.strip())
+        content = taskfile.dump(bare)
         sha256 = hashlib.sha256(content).hexdigest()
         known = not request.key or self._keyed(id, request.key, sha256)
         after, start = self._after(id, request), self._start(request, now)

@@ -185,11 +185,11 @@ class Master:
             for event in self.intake.take(names, leftover, now):
                 self.say(event)
             # Before they can start: cancelled or held, they must not cost a turn.
-            self.controls.obey(self.controls.waiting, self.record)
+            self.controls.again(self.record)
 
     def hold(self, now: float) -> None:
         """Tasks that were to be held and have stopped running, before they can start again."""
-        self.controls.obey(self.controls.waiting, self.record)
+        self.controls.again(self.record)
 
     # --- the rest ---------------------------------------------------------------------
 

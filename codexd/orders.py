@@ -50,7 +50,9 @@ class Orders:
         if request.resume is Resume.ALWAYS and thread is None:
             if task.reason:  # there was one; this is how it was lost
                 return self._cannot(task, task.message or "", Outcome(task.reason))
-            text = f"resume: always, but session {task.session_name} has no thread yet"
+            lost = self.finish.session(task.session_name).lost
+            why = f"could not continue its thread {lost}" if lost else "has no thread yet"
+            text = f"resume: always, but session {task.session_name} {why}"
             return self._cannot(task, text)
         if request.limits:
             self.limits[task.id] = dict(request.limits)
@@ -114,21 +116,21 @@ class Orders:
         a thread that was lost."""
         evidence = self.finish.evidence
         ran = any(evidence.ran(task.id, n) for n in range(1, task.launches + 1))
-        lost = self._lost(task, request)
+        known = self.finish.session(task.session_name)
+        lost = None if request.resume is Resume.NEVER else known.lost
         if not ran and not lost:
             return ""
         if thread:
             return prompt.RESUMED
         path = self.dirs.transcripts / f"{session.stem(task.session_name)}.jsonl"
-        records = transcript.conversation(transcript.last(path, 20), task.id, lost)
+        records = transcript.last(path, 20)
+        if known.outrun == task.id:  # of what was before the reset, only its own is still said
+            records = [r for r in records if r.get("task") == task.id]
+        records = transcript.conversation(records, task.id, lost)
         records = [r for r in records if not _asked(r, task.id)]
         begun, did = evidence.acted(task)
-        return prompt.fresh(begun, did, prompt.summary(records, self.config.memory.chars))
-
-    def _lost(self, task: Task, request: Request) -> str | None:
-        """The thread of its session that the task would continue, and that is lost."""
-        never = request.resume is Resume.NEVER
-        return None if never else self.finish.session(task.session_name).lost
+        told = prompt.fresh(begun, did, prompt.summary(records, self.config.memory.chars))
+        return told or (prompt.FRESH if lost else "")
 
 
 def _rg(binary: str) -> str | None:

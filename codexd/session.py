@@ -30,8 +30,8 @@ class Session:
     """One conversation.  `reported` is what Codex last said of the whole thread.
 
     `forgotten` is the thread of the last reset: a turn that still runs in it then
-    does not bring it back when it ends.  Nor does the attempt `outrun`, which was running
-    then in a thread that nobody knew yet.  `lost` is a thread that could not be continued,
+    does not bring it back when it ends.  Nor does the task `outrun`, which had been started
+    then, whatever thread its attempts come to.  `lost` is a thread that could not be continued,
     until there is another.
     """
 
@@ -111,20 +111,20 @@ def set_aside(directory: Path, name: str) -> Path:
     return durable.set_aside(directory / f"{stem(name)}.json")
 
 
-def forget(session: Session, now: str, runs: str | None = None) -> Session:
+def forget(session: Session, now: str, begun: str | None = None) -> Session:
     """The session with its thread forgotten: the next task begins a new one.
 
-    `runs` is the attempt (ID/N) that is just running in it.
+    `begun` is the id of the task of the session that has been started and has not ended.
     """
     gone, created = session.thread or session.forgotten, session.created or now
     return replace(
-        session, thread=None, forgotten=gone, outrun=runs, lost=None, created=created, updated=now
+        session, thread=None, forgotten=gone, outrun=begun, lost=None, created=created, updated=now
     )
 
 
 def lose(session: Session, now: str) -> Session:
     """The same where its thread cannot be continued, and nobody asked for a new beginning."""
-    return replace(forget(session, now), lost=session.thread)
+    return replace(forget(session, now, session.outrun), lost=session.thread or session.lost)
 
 
 def add(
@@ -143,7 +143,8 @@ def add(
     before = session.reported if same else {}
     if any(reported[k] < before.get(k, 0) for k in reported):
         before = {}
-    forgotten = thread if thread and attempt == session.outrun else session.forgotten
+    outrun = attempt.partition("/")[0] == session.outrun
+    forgotten = thread if thread and outrun else session.forgotten
     goes_on = thread if thread and thread != forgotten else session.thread
     used = {k: reported[k] - before.get(k, 0) for k in USAGE_KEYS if k in reported}
     usage = {k: session.usage.get(k, 0) + used.get(k, 0) for k in USAGE_KEYS}

@@ -32,7 +32,7 @@ _THREAD = re.compile(rf'"thread": "({THREAD_PATTERN})"'.encode())
 # How a line begins that we wrote: no text comes before it.
 _WHOSE = re.compile(rb'\{(?:"ts": (?:"[^"]*"|null), )?"task": ("[^"]*"), "attempt": ([0-9]{1,9})')
 _MOST = 1 << 30  # bytes looked through for the lines of an attempt
-_TAIL = 256 << 10  # bytes read back for a summary
+TAIL = 256 << 10  # bytes read back for a summary
 
 
 def append(path: Path, length: int | None, records: Sequence[Mapping[str, object]]) -> int:
@@ -48,7 +48,8 @@ def append(path: Path, length: int | None, records: Sequence[Mapping[str, object
         size = os.fstat(fd).st_size
         if length is None and size > _MOST:
             raise durable.NotAFile(errno.EFBIG, f"{size} bytes, more than {_MOST}", str(path))
-        keep = min(length, size) if length is not None else _end(fd, records)
+        # A shorter one was laid aside since: what is in it may be these very records.
+        keep = length if length is not None and length <= size else _end(fd, records)
         os.ftruncate(fd, keep)
         os.lseek(fd, keep, os.SEEK_SET)
         durable.write_all(fd, data)
@@ -79,8 +80,8 @@ def last(path: Path, count: int) -> list[dict[str, object]]:
     """The last `count` lines that can be read, oldest first."""
     try:
         with _opened(path) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
-            lines = file.read(_TAIL).split(b"\n")
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            lines = file.read(TAIL).split(b"\n")
     except (FileNotFoundError, durable.NotAFile):
         return []
     return list(_readable(lines))[-count:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from codexd import clock, config, place, prompt, session, spool, transcript
+from codexd import clock, config, place, prompt, spool, transcript
 from codexd.attempts import RETRY, Attempts
+from codexd.control import Controls
 from codexd.finish import Finish
 from codexd.gate import Keeper
 from codexd.ledger import Ledger, LedgerFull
@@ -240,15 +242,39 @@ def test_a_sandbox_that_was_lowered_binds_what_was_accepted_before(
     assert orders["sandbox"] == given
 
 
+# --- control files --------------------------------------------------------------------------
+
+
+def test_what_there_was_no_room_to_obey_comes_before_what_came_later(tmp_path: Path) -> None:
+    """By the looks at the inbox: the clock may have been set back since."""
+    one = Round(tmp_path)
+    them, hold = controls(one), one.dirs.inbox / "all.hold"
+    hold.touch()
+    os.utime(hold, (4e9, 4e9))
+    with one.no_room():
+        them.obey([hold.name], one.record)
+        them.again(one.record)
+    assert hold.exists()
+    (one.dirs.inbox / "all.release").touch()
+    them.obey([hold.name, "all.release"], one.record)
+    assert not list(one.dirs.inbox.iterdir())
+    assert not one.keeper.closed
+
+
 # --- what the model is told of what was before ----------------------------------------------
 
 A, B = (f"01a20000-0000-7000-8000-00000000000{n}" for n in (1, 2))
 FULL = {"outcome": "context-full", "turn_started": True}
 
 
+def controls(one: Round) -> Controls:
+    finish = one.attempts.finish
+    return Controls(one.config, one.ledger, one.launcher, one.keeper, finish, one.refuse)
+
+
 def reset(one: Round) -> None:
-    known = session.load(one.dirs.sessions, "web")
-    session.save(one.dirs.sessions, session.forget(known, AT))
+    (one.dirs.inbox / "web.reset").touch()
+    assert controls(one).obey(["web.reset"], one.record) == []
 
 
 @pytest.mark.parametrize("by", ["reset", "never"])
@@ -270,6 +296,50 @@ def test_what_a_task_was_to_forget_is_not_told_to_its_second_attempt(
     assert "old topic" not in orders["preamble"]
     assert "answer 1.1" not in orders["preamble"]
     assert ("answer 2.1" in orders["preamble"]) == (left["outcome"] == "context-full")
+
+
+@pytest.mark.parametrize("when", ["runs", "is to go on elsewhere", "waits"])
+def test_a_reset_stands_whatever_a_task_that_was_started_before_comes_to(
+    tmp_path: Path, when: str
+) -> None:
+    """It gives up the thread that was to be forgotten, and goes on in one of its own."""
+    one = Round(tmp_path)
+    one.accept(1, "the old topic")
+    one.run(1, thread=A)
+    one.accept(2, "more of it")
+    attempt = 1
+    if when == "waits":
+        one.run(2, outcome="interrupted", turn_started=True, answer=None)
+        reset(one)
+        attempt = 2
+    one.order(2, attempt)
+    if when == "runs":
+        reset(one)
+    one.left(2, attempt, **FULL, thread=A, answer="as far as it came")
+    one.attempts.collect(clock.steady())
+    if when == "is to go on elsewhere":
+        reset(one)
+    told = one.run(2, attempt + 1, thread=B)
+    assert (told["thread"], "as far as it came" in told["preamble"]) == (None, True)
+    assert "old topic" not in told["preamble"]
+    one.accept(3, "another topic")
+    assert one.order(3)["thread"] is None
+
+
+def test_who_would_go_on_in_a_lost_thread_hears_of_it_though_nothing_is_left(
+    tmp_path: Path,
+) -> None:
+    one = Round(tmp_path)
+    one.accept(1, "the topic")
+    for attempt in range(1, 4):
+        one.run(1, attempt, **FULL, thread=A, answer="a" * (transcript.TAIL + 1))
+    one.accept(2, "more of it")
+    assert one.order(2)["preamble"] == prompt.FRESH
+    one.run(2, outcome="cancelled", answer=None)
+    one.accept(3, "only there", resume="always")
+    one.attempts.dispatch(clock.steady())
+    lost = f"resume: always, but session web could not continue its thread {A}"
+    assert place.status(one.dirs, ident(3))["message"] == lost
 
 
 def test_of_a_lost_conversation_nothing_is_told_that_came_before_it(tmp_path: Path) -> None:

@@ -565,7 +565,7 @@ def test_a_key_does_not_ask_by_which_door_or_name_its_content_comes(daemon: Mort
         (daemon.root / f"{name}.md").write_text(text)
         done = daemon.run("task", "submit", str(daemon.root / f"{name}.md"))
         assert (done.returncode, done.stdout) == (0, f"{first}\n"), done.stderr
-    daemon.drop("by-hand.yaml", "key: door\nprompt: once\ntitle: another\n")
+    daemon.drop("by-hand.yaml", "key: door\nprompt: |\n  once\ntitle: another\n")
     until(lambda: not (daemon.dirs.inbox / "by-hand.yaml").exists(), "it is taken")
     until(
         lambda: sum("**repeated**" in e and first in e for e in daemon.events()) == 3, "all three"

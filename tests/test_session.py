@@ -221,13 +221,15 @@ def test_a_lost_thread_is_told_until_there_is_another() -> None:
 def test_an_attempt_that_outlives_a_reset_does_not_bring_its_thread() -> None:
     """Not even where nobody knew the thread at the time, and not by its next attempt."""
     for known in (Session("web"), session.add(Session("web"), "x/1", "T", tokens(9), AT)):
-        after = session.forget(known, LATER, "y/1")
+        after = session.forget(known, LATER, "y")
         assert after.created
         first = session.add(after, "y/1", "U", tokens(100), LATER)
         again = session.add(first, "y/2", "U", tokens(130), LATER)
         assert (after.thread, first.thread, again.thread) == (None, None, None)
         assert again.used["input_tokens"] == 30
         assert session.add(again, "z/1", "V", tokens(5), LATER).thread == "V"
+        lost = session.lose(session.add(after, "y/1", None, {}, LATER), LATER)
+        assert session.add(lost, "y/2", "U", tokens(1), LATER).thread is None
 
 
 # --- in a daemon ------------------------------------------------------------------
