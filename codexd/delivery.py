@@ -166,9 +166,11 @@ def summary(one: Owed, told: Mapping[str, object]) -> str:
     """One line for a person."""
     message = str(told.get("message") or told.get("reason") or "").partition("\n")[0]
     if one.occasion is Occasion.OPENED:
-        text = f"work goes on: no longer held for {told.get('reason')}"
+        text = f"no longer held for {told.get('reason')}"
     elif one.occasion is Occasion.CLOSED:
-        text = f"all work is held: {told.get('reason')}: {message}"
+        reason, _, profile = str(told.get("reason")).partition(":")
+        who = f"tasks with profile {profile} are" if profile else "all work is"
+        text = f"{who} held: {reason}: {message}"
     else:
         name = told.get("title") or told.get("file") or one.id
         why = f": {message}" if message and one.occasion is not Occasion.DONE else ""

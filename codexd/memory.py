@@ -42,7 +42,7 @@ STARTS, DEEPER = 30, 1.3  # passages tried; how much better than the head one mu
 _CUT, _FROM = "\n[…]", "[… line {}]\n"
 
 # A heading, or a fence inside which '#' is no heading.
-_MARK = re.compile(rb"^(?: {0,3}(```|~~~)|#{1,6}[ \t])", re.MULTILINE)
+_MARK = re.compile(rb"^(?: {0,3}(`{3,}(?!.*`)|~{3,})|#{1,6}[ \t])", re.MULTILINE)
 _BREAK = re.compile(rb"\n(?=[ \t]*\r?\n|[-*+] |\d{1,3}[.)] )")
 _SPACE = re.compile(rb"\s")
 _SEGMENT = re.compile(r"[^\n]{0,240}(?:[ \t]|\n|$)|[^\n]{1,240}")
@@ -212,11 +212,13 @@ def _excerpts(
 
 def sections(note: bytes) -> list[tuple[int, bytes]]:
     """(first line, text) from heading to heading; long sections in pieces."""
-    cuts, fenced = [0], False
+    cuts, fence = [0], b""
     for mark in _MARK.finditer(note):
-        if mark[1]:
-            fenced = not fenced
-        elif not fenced:
+        if mark[1] and fence:  # one of its own kind ends it, as long or longer
+            fence = b"" if mark[1].startswith(fence) else fence
+        elif mark[1]:
+            fence = mark[1]
+        elif not fence:
             cuts.append(mark.start())
     found, line = [], 1
     for start, end in zip(cuts, [*cuts[1:], len(note)], strict=True):

@@ -51,11 +51,24 @@ def elapsed(stamp: str | None) -> float | None:
         return None
 
 
-def key(name: str, elapsed: float | None, now: float) -> str:
-    """What stands for this one time; all in seconds since 1970."""
+def key(name: str, elapsed: float | None, now: float, changed: float = 0.0) -> str:
+    """What stands for this one time; all in seconds since 1970.
+
+    Whoever has mended the file, which was `changed` since, asks for another task.
+    """
     if elapsed is None or abs(now - elapsed) > FRESH:
         elapsed = now // 60 * 60
+    if elapsed < changed <= now:
+        elapsed = changed
     return f"{name}-{time.strftime(_STAMP, time.gmtime(elapsed))}"
+
+
+def _changed(file: Path) -> float:
+    """When the schedule was written; 0.0 if that cannot be seen: `request` says why."""
+    try:
+        return os.stat(file).st_mtime
+    except OSError:
+        return 0.0
 
 
 def request(file: Path, key: str) -> tuple[Request, Overlap | None]:
@@ -102,9 +115,10 @@ def overlapping(dirs: Directories, name: str, overlap: Overlap | None) -> str | 
 
 def deliver(name: str, stamp: str | None, dirs: Directories, service: Service) -> Exit:
     """One delivery, and the word about it."""
-    inbox, this = dirs.inbox, key(name, elapsed(stamp), time.time())
+    inbox, file = dirs.inbox, dirs.schedules / f"{name}.md"
+    this = key(name, elapsed(stamp), time.time(), _changed(file))
     try:
-        asked, overlap = request(dirs.schedules / f"{name}.md", this)
+        asked, overlap = request(file, this)
         if earlier := waiting(dirs, name):
             why = f"{earlier} still lies in the inbox; is codexd running?"
             service.log(Level.WARNING, "schedule.skipped", schedule=name, key=this, why=why)

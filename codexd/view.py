@@ -139,7 +139,7 @@ class View:
         """
         arriving = self._arriving()  # first: what is taken meanwhile is then among the live
         self.refresh()
-        if state or session:
+        if state or session is not None:
             ended = self.last(state, session, RECENT)
         else:
             recent = (self._ended(id) for id in list(self._follower.book.recent))
@@ -323,7 +323,7 @@ def is_held(health: Json) -> bool:
 
 
 def _matches(task: Json, state: str | None, session: str | None) -> bool:
-    return (not state or task["state"] == state) and (not session or task["session"] == session)
+    return (not state or task["state"] == state) and session in (None, task["session"])
 
 
 def _without_answer(task: Json) -> Json:

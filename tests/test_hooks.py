@@ -123,6 +123,16 @@ def test_a_summary_is_one_line_of_a_person_s_words() -> None:
     assert delivery.summary(owed(A), {"file": "a.md", "message": None}) == "codexd: a.md done"
 
 
+def test_a_summary_says_whom_a_gate_holds() -> None:
+    closed, opened = owed(A, Occasion.CLOSED), owed(A, Occasion.OPENED)
+    told = {"reason": "quota", "message": "usage limit"}
+    one = {**told, "reason": "quota:cheap"}
+    assert delivery.summary(closed, told) == "codexd: all work is held: quota: usage limit"
+    text = "codexd: tasks with profile cheap are held: quota: usage limit"
+    assert delivery.summary(closed, one) == text
+    assert delivery.summary(opened, one) == "codexd: no longer held for quota:cheap"
+
+
 # --- the ledger ---------------------------------------------------------------------------
 
 
@@ -528,7 +538,7 @@ def test_the_gate_is_told(told: Told) -> None:
         daemon.run("release")
         until(lambda: len(told.lines("told")) == 2, "and its opening")
         assert [key.partition(".")[2] for key in told.lines("told")] == ["closed", "opened"]
-        assert told.lines("summaries")[1] == "codexd: work goes on: no longer held for hold"
+        assert told.lines("summaries")[1] == "codexd: no longer held for hold"
         assert {one.split()[1] for one in told.lines("tried")} == {"closed", "opened"}
 
 

@@ -423,6 +423,7 @@ def test_pages(tmp_path: Path) -> None:
         assert set(listed(web, "session=s%201")[0]) == set(ids[1::2])
         assert listed(web, "session=s+1&state=cancelled") == ([ids[1]], None)
         assert listed(web, "session=none") == ([], None)
+        assert listed(web, "session=") == ([], None)
         assert walk(web, "state=queued&limit=2") == [id for id in newest if id in ids[2:]]
         task = web.ask("GET", "/tasks?limit=1").json["tasks"][0]
         assert task.keys() == openapi.LISTED.keys()

@@ -707,6 +707,15 @@ def test_a_heading_inside_a_fence_is_none() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "within", ["```make test``` is enough", "~~~\n```\n~~~", "````\n```\n# none\n````"]
+)
+def test_what_is_no_fence_hides_no_heading(within: str) -> None:
+    text = f"# One\n\n{within}\n\n## Two\nx\n".encode()
+    parts = [part.partition(b"\n")[0] for _, part in memory.sections(text)]
+    assert parts == [b"# One", b"## Two"]
+
+
 def test_terms_are_the_words_of_the_prompt(work: Path) -> None:
     note(work, "a.md", "# Deployment\n\nDeploy to the kestrel.\n")
     (hit,) = find(work, "deploying kestrels with cats").hits

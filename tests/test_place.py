@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codexd import durable, place, spool
+from codexd import answerfile, durable, place, spool
 from codexd.config import Directories
+from codexd.model import Task
 from codexd.place import Keyed
 
 ID, OTHER = "20261123t072011-k3f9qa7x2m", "20261201t000000-0000000000"
@@ -188,3 +190,21 @@ def test_a_damaged_key_is_an_error(dirs: Directories) -> None:
     path.write_bytes(b"{")
     with pytest.raises(ValueError, match=r"."):
         place.keyed(dirs, "k")
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("team \U0001f600 a\U0001f9d1\u200d\U0001f4bb", None),
+        ("bad\udcff.md", "bad\ufffd.md"),
+        ('\\ud83d\\ude00 \\\udcff "\u2028\x85\x7f', '\\ud83d\\ude00 \\\ufffd "\u2028\x85\x7f'),
+    ],
+)
+def test_the_front_matter_of_any_text_is_json_and_yaml(text: str, read: str | None) -> None:
+    task = Task("20261123t072011-k3f9qa7x2m", message=text, file=text, session=text)
+    front = answerfile.content(task, None).decode()
+    for loader in (yaml.SafeLoader, yaml.CSafeLoader):
+        found = next(yaml.load_all(front, loader))
+        assert (found["message"], found["file"], found["session"]) == (read or text,) * 3
+    line = next(line for line in front.splitlines() if line.startswith("message: "))
+    assert json.loads(line.removeprefix("message: ")) == (read or text)

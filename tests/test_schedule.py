@@ -42,6 +42,14 @@ def test_without_a_timer_it_is_the_minute(elapsed: float | None) -> None:
     assert schedule.key("nightly", elapsed, DUE + 60.0) != KEY
 
 
+@pytest.mark.parametrize("elapsed", [None, DUE])
+def test_who_mends_the_file_asks_for_another_task(elapsed: float | None) -> None:
+    """As one who starts it, reads that it was rejected, and starts it again."""
+    for changed, stamp in ((DUE - 1, "020000Z"), (DUE + 40, "020040Z"), (DUE + 60, "020000Z")):
+        name = schedule.key("nightly", elapsed, DUE + 59, changed)
+        assert name == f"nightly-20261127T{stamp}"
+
+
 def test_a_timer_that_has_not_elapsed_yet(tmp_path: Path) -> None:
     """Its service, started by hand before: there is no stamp file."""
     assert schedule.elapsed(str(tmp_path / "stamp")) is None
@@ -52,6 +60,8 @@ def run(
 ) -> tuple[subprocess.CompletedProcess[str], str]:
     """Run it as if its timer had elapsed so many seconds ago; what it did, and the key."""
     elapsed = time.time() - ago
+    for file in (root / "schedules").glob("*.md"):
+        os.utime(file, (elapsed - 1, elapsed - 1))
     (root / "stamp").touch()
     os.utime(root / "stamp", (elapsed, elapsed))
     command = [sys.executable, "-m", "codexd.schedule", "--root", root, "--stamp", root / "stamp"]
@@ -327,6 +337,7 @@ def test_a_timer_s_tasks_are_done(codexd: Installed) -> None:
 def test_a_repeat_does_nothing(codexd: Installed) -> None:
     """Started by hand in the minutes after its timer elapsed."""
     add(codexd, "hand", "[[say by hand]]", "OnCalendar=yearly")
+    codexd.box.run("touch", "--date=2 hours ago", f"{SPOOL}/schedules/hand.md")
     codexd.box.run("touch", f"{STAMPS}@hand.timer")
     for _ in range(2):
         codexd.box.run("systemctl", "start", "codexd-schedule@hand.service")
