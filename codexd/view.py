@@ -242,7 +242,10 @@ class View:
     # --- sessions ---------------------------------------------------------------
 
     def sessions(self) -> list[Json]:
-        return [s for name in session.names(self.dirs.sessions) if (s := self.session(name))]
+        self.refresh()
+        begun = {task.session for task in self.live() if task.session}  # by tasks that wait
+        names = sorted(begun.union(session.names(self.dirs.sessions)))
+        return [s for name in names if (s := self.session(name))]
 
     def session(self, name: str) -> Json | None:
         """A session: its thread, its totals, its live tasks; None if there is none."""

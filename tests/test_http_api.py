@@ -368,6 +368,15 @@ def test_where_no_master_ever_was_there_are_no_sessions(alone: Web) -> None:
     assert alone.ask("GET", "/sessions").json == {"sessions": []}
 
 
+def test_a_session_is_listed_as_soon_as_it_is_shown(held: Web) -> None:
+    """By a task that waits, before any has run."""
+    held.post("/tasks", {"prompt": "x", "session": "to come"})
+    until(lambda: held.ask("GET", "/sessions/to%20come").status == 200, "it is known")
+    shown = held.ask("GET", "/sessions/to%20come").json
+    assert shown in held.ask("GET", "/sessions").json["sessions"]
+    assert held.ask("GET", "/sessions").json["sessions"].count(shown) == 1
+
+
 def test_without_an_inbox_nothing_can_be_cancelled(tmp_path: Path) -> None:
     """It is said; the task is as it was."""
     with serving(tmp_path, HELD) as web:
