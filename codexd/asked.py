@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from codexd import place, taskfile
+from codexd import lost, place, taskfile
 from codexd.config import Config
 from codexd.directories import Directories
 from codexd.model import Request
@@ -26,7 +26,8 @@ def again(dirs: Directories, of: str) -> Request:
     try:
         asked = taskfile.again(place.load_ended(dirs, of).get("request"))
     except FileNotFoundError:
-        raise Refusal(f"there is no task {of}") from None
+        none = f"there is no task {of}"
+        raise Refusal(lost.why(dirs, of) if lost.is_lost(dirs, of) else none) from None
     except taskfile.Refused as wrong:
         raise Refusal(f"the record of task {of} is damaged: {wrong.reason}") from wrong
     except ValueError as damage:

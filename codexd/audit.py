@@ -27,6 +27,7 @@ from codexd.view import View
 
 _ENDS = frozenset({Kind.DONE, Kind.FAILED, Kind.CANCELLED})
 _HEAD = 64  # bytes
+_KEPT = "its line is damaged, and checkpoint.json alone knows it: keep that; see codexd(7)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,24 +162,28 @@ def is_written(dirs: Directories, file: BinaryIO) -> bool:
 
 def compare(dirs: Directories) -> Iterator[Problem]:
     """Tasks that the ledger and the directories do not agree about."""
-    view = View(dirs)
+    view, marked = View(dirs, short_cut=False), View(dirs)
     view.refresh()
     for task in view.live():
         there = durable.is_directory(dirs.tasks / task.id)
         # It may have ended before its directory was looked for.
         if not there and (now := view.task(task.id)) and not State(str(now["state"])).ended:
-            yield _task(dirs, task.id, _without_directory(dirs, task.id))
+            yield _task(dirs, task.id, _without_directory(marked, task.id))
     for id in sorted(os.listdir(dirs.tasks)):
         if not is_id(id):
             yield _task(dirs, id, "no task's directory; move it away")
         elif durable.is_there(dirs.tasks / id / "task.json") and view.task(id) is None:
             what = "the ledger does not know this task, so it is not run; see codexd(7)"
-            yield _task(dirs, id, what)
+            yield _task(dirs, id, _KEPT if marked.task(id) else what)
     view.close()
+    marked.close()
 
 
-def _without_directory(dirs: Directories, id: str) -> str:
-    if place.known(dirs, id):
+def _without_directory(marked: View, id: str) -> str:
+    if place.known(marked.dirs, id):
+        marked.refresh()
+        if all(task.id != id for task in marked.live()):
+            return "it has ended, but its last line is damaged; see codexd(7)"
         return "it has ended and is archived, but its last line is lost: restart the daemon"
     return f"a task of the ledger without its directory: codexd task cancel {id}"
 

@@ -154,6 +154,9 @@ def control(args: argparse.Namespace) -> int:
     view = view_of(args)
     ids = []
     for id in args.ids:
+        if args.control == "retry" and view.task(id) is None and view.is_lost(id):
+            ids.append(id)  # how the ledger is repaired
+            continue
         task = task_of(view, id)
         ids.append(str(task["id"]))
         if args.control == "retry" and not has_ended(task):

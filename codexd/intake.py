@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 
-from codexd import clock, controlfile, place, retention, spool, taskfile
+from codexd import clock, controlfile, lost, place, retention, spool, taskfile
 from codexd.asked import Refusal, again, allowed, workdir
 from codexd.config import Config
 from codexd.document import UNPRINTABLE, Form, Scalar
@@ -205,6 +205,9 @@ class Intake:
             reason = str(event.facts["reason"])
             spool.refuse(self.dirs, id, str(event.facts["file"]), reason)
             return
+        task = self.ledger.book.tasks.get(id)
+        if task and task.retry_of:
+            lost.inherit(self.dirs, task.retry_of, id)
         spool.drop(self.dirs, id)
         if event and event.kind is Note.REPEATED:
             spool.discard(self.dirs, id)
@@ -255,6 +258,8 @@ class Intake:
         if found and found.id != id:
             if found.sha256 != sha256:
                 raise Conflict(found.id, key)
+            if found.id not in self.ledger.book.tasks and lost.is_lost(self.dirs, found.id):
+                raise Refusal(f"key {key!r}: {lost.why(self.dirs, found.id)}")
             raise Repeat(found.id, key)
         return found is not None
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 
-from codexd import place
+from codexd import lost, place
 from codexd.config import Directories
 from codexd.ledger import Ledger
 from codexd.model import State, is_id
@@ -31,23 +31,35 @@ class Parents:
         self._ended: dict[str, Mapping[str, object]] = {}
 
     def came_to(self, id: str) -> Mapping[str, object] | None:
-        """A task as it ended, as JSON has it; None while it has not."""
+        """A task as it ended, as JSON has it; None while it has not.
+
+        None of one that the ledger has lost, too, until another has taken its place.  That one
+        is not waited for: it stands behind in the ledger, perhaps in the same session.
+        """
         if id in self.tasks:
             return None
         if id not in self._ended:
+            told = self._told(id)
+            if told is None:
+                return None
             while len(self._ended) >= _KNOWN:
                 del self._ended[next(iter(self._ended))]
-            told = self._told(id)
             kept = ("state", "outcome", "message", "title", "file")
             self._ended[id] = {key: told.get(key) for key in kept}
         return self._ended[id]
 
-    def _told(self, id: str) -> Mapping[str, object]:
-        unknown: dict[str, object] = {"state": "unknown"}
+    def _told(self, id: str) -> Mapping[str, object] | None:
         try:
-            return place.status(self.dirs, id) or {**unknown, "message": "its record is gone"}
+            if found := place.status(self.dirs, id):
+                return found
+            why = "its record is gone"
+            if lost.is_lost(self.dirs, id):
+                if not lost.heir(self.dirs, id):
+                    return None
+                why = f"{lost.why(self.dirs, id)}: retry this one when that is done"
         except ValueError as damage:
-            return {**unknown, "message": f"its record is damaged: {damage}"}
+            why = f"its record is damaged: {damage}"
+        return {"state": "unknown", "message": why}
 
     def is_done(self, id: str) -> bool:
         told = self.came_to(id)
@@ -60,12 +72,13 @@ class Parents:
         Raises ValueError if the record of the key is damaged.
         """
         if is_id(name) and self._is_task(name, accepted):
-            return name
+            return lost.heir(self.dirs, name) or name
         found = place.keyed(self.dirs, name)
         return found.id if found and self._is_task(found.id, accepted) else None
 
     def _is_task(self, id: str, accepted: Collection[str]) -> bool:
-        return id in accepted or id in self.tasks or place.has_ended(self.dirs, id)
+        known = id in accepted or id in self.tasks or place.has_ended(self.dirs, id)
+        return known or lost.is_lost(self.dirs, id)
 
 
 class Orphans:

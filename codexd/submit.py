@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from codexd import asking, config, overview, report, spool
+from codexd import asking, config, lost, overview, report, spool
 from codexd.document import Form, Scalar
 from codexd.model import Note, State
 from codexd.program import Exit, Trouble, directories, elsewhere, where
@@ -52,7 +52,8 @@ def task_of(view: View, id: str) -> Json:
             raise Trouble(Exit.FAILED, f"{id} was rejected: {verdict.facts.get('reason')}")
         if verdict and (first := view.task(str(verdict.facts.get("first")))):
             return first  # the same key, the same content: the same task
-        raise Trouble(Exit.NO_TASK, f"there is no task {id}")
+        none = f"there is no task {id}"
+        raise Trouble(Exit.NO_TASK, lost.why(view.dirs, id) if view.is_lost(id) else none)
     return found
 
 

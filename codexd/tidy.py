@@ -34,7 +34,7 @@ def _one(dirs: Directories, id: str, warn: Callable[..., None]) -> None:
     elif place.is_concluded(dirs, id):
         place.archive(dirs, id)
     elif durable.is_there(dirs.tasks / id / "task.json"):
-        why = "the ledger's line of it is lost; left as it is: see codexd(7) if it is wanted"
+        why = "the ledger's line of it is lost; left as it is, what follows it waits: see codexd(7)"
         warn("task.unknown", task=id, why=why)
     elif place.is_probe(dirs, id):
         place.end_probe(dirs, id)

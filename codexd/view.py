@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
-from codexd import durable, heartbeat, lock, place, session, spend, spool, taskfile
+from codexd import durable, heartbeat, lock, lost, place, session, spend, spool, taskfile
 from codexd.book import RECENT
 from codexd.config import Directories
-from codexd.dispatch import of_one, overlap
+from codexd.dispatch import AFTER, of_one, overlap
 from codexd.ledger import Follower
 from codexd.model import Event, Note, State, Task, is_id, to_json
 from codexd.outcome import Outcome
@@ -38,9 +38,10 @@ Json = dict[str, object]
 class View:
     """A reader's picture of one root; `refresh` brings it up to date."""
 
-    def __init__(self, dirs: Directories) -> None:
+    def __init__(self, dirs: Directories, *, short_cut: bool = True) -> None:
+        """`short_cut`: with the checkpoint, which may know of what is damaged by now."""
         self.dirs = dirs
-        self._follower = Follower(dirs.ledger, dirs.checkpoint)
+        self._follower = Follower(dirs.ledger, dirs.checkpoint if short_cut else None)
         self._crowd: list[Task] | None = None  # those whose workdir others wait for
         self.damaged: list[str] = []  # days of use that could not be read
 
@@ -67,6 +68,10 @@ class View:
             if found:
                 return found
         return None
+
+    def is_lost(self, id: str) -> bool:
+        """Whether it was accepted, and the ledger has lost it."""
+        return id not in self._follower.book.tasks and lost.is_lost(self.dirs, id)
 
     def verdict(self, id: str) -> Event | None:
         """Why a delivered file did not become a task: rejected, or repeated."""
@@ -115,6 +120,8 @@ class View:
         if live.state is State.QUEUED and not live.reason and (other := self._in_the_way(live)):
             why = f"task {other.id} works in {other.workdir} (workdir_sharing: no)"
             found |= {"reason": "workdir", "message": why}
+        if live.reason == AFTER and (gone := next(filter(self.is_lost, live.after), None)):
+            found |= {"message": lost.why(self.dirs, gone)}
         return found
 
     def _in_the_way(self, queued: Task) -> Task | None:

@@ -100,7 +100,7 @@ class Waits:
             self._seen.intersection_update(self.tasks)
 
     def _look(self, now: float) -> None:
-        for parent in [p for p in self._children if p not in self.tasks]:
+        for parent in [p for p in self._children if p not in self.tasks and self._has_ended(p)]:
             self._due.update(dict.fromkeys(self._children.pop(parent)))
         for id in [i for i in self._held if not self._is_held(i)]:
             self._held.discard(id)
@@ -121,6 +121,13 @@ class Waits:
                 first = task.not_before
         if first:
             self._wake = min(self._wake, now + clock.epoch(first) - time.time())
+
+    def _has_ended(self, parent: str) -> bool:
+        """Else the ledger has lost it, and another may take its place."""
+        try:
+            return self.parents.came_to(parent) is not None
+        except OSError:
+            return True  # it is told of each that follows it
 
     def _is_held(self, id: str) -> bool:
         return id in self.tasks and self.tasks[id].reason == "hold"

@@ -20,7 +20,7 @@ LAYERS = [
     "when rotate child",
     "codex taskfile memory take processes units dropin",
     "controlfile spool place profile ledger session spend transcript turn scripted program layout",
-    "evidence start verify hook weight pauses free",
+    "evidence start verify hook weight pauses free lost",
     "rounds",
     "parents asked view gate finish retention framing metrics openapi sockets launcher checks",
     "errands codexchecks",

@@ -15,12 +15,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from zlib import crc32
 
 import pytest
 
 from codexd import audit, config, rotate, spool
 from codexd.directories import Directories
-from codexd.ledger import Ledger, render, seal
+from codexd.ledger import SEALED, Ledger, render, seal
 from codexd.model import Kind
 from codexd.retention import Retention
 from tests import mdoc
@@ -580,70 +582,189 @@ def spoilt(path: Path, id: str, kind: str) -> int:
     return number + 1
 
 
-def test_the_repair_that_the_manual_describes(daemon: Daemon) -> None:
+def empty(daemon: Daemon) -> None:
+    """Everything in the inbox was taken, and let go of."""
+    until(lambda: not os.listdir(daemon.dirs.inbox), "an empty inbox")
+
+
+def reaches(daemon: Daemon, id: str, state: str) -> dict[str, Any]:
+    def look() -> dict[str, Any] | None:
+        task = daemon.json("task", "show", id)
+        return task if task["state"] == state else None
+
+    return until(look, f"{id} {state}")
+
+
+def repairable(daemon: Daemon) -> dict[str, str]:
+    """A ledger with a damaged line of each case that the manual has; their tasks.
+
+    One is in the checkpoint, the others came after it: of one there is a COPY, of one the
+    answer, and of one nothing.
+    """
     behave(daemon)
-    ledger, id = daemon.dirs.ledger, {}
+    id = {}
     with daemon:
         daemon.run("hold")
+        daemon.drop("marked.md", "the checkpoint knows it")
+        id["marked"] = in_ledger(daemon, "marked.md")
+        daemon.run("task", "hold", id["marked"])
+        until(lambda: daemon.json("task", "show", id["marked"])["reason"] == "hold", "held")
+        empty(daemon)
+        daemon.stop()
+        daemon.start()
         daemon.drop("kept.md", "there is a copy of its line")
         id["kept"] = in_ledger(daemon, "kept.md")
         daemon.run("task", "hold", id["kept"])
         until(lambda: daemon.json("task", "show", id["kept"])["reason"] == "hold", "held")
+        shutil.copy(daemon.dirs.ledger, daemon.root / "COPY")
         daemon.run("release")
-        daemon.stop()
-        shutil.copy(ledger, daemon.root / "COPY")
-        daemon.start()
         daemon.drop("ended.md", "it ended, and its end is lost")
-        daemon.answer("ended")
         id["ended"] = in_ledger(daemon, "ended.md")
+        daemon.answer("ended")
+        reaches(daemon, id["ended"], "done")
         daemon.run("hold")
-        for name in ("lost", "sound"):
-            daemon.drop(f"{name}.md", f"a task that is {name}")
+        for name, text in (
+            ("lost", "---\nkey: k2\n---\na task that is lost"),
+            ("child", "---\nafter: [k2]\n---\na task that follows it"),
+            ("sound", "a task that is sound"),
+        ):
+            daemon.drop(f"{name}.md", text)
             id[name] = in_ledger(daemon, f"{name}.md")
-        daemon.stop()
+        until(lambda: daemon.json("task", "show", id["child"])["reason"] == "after", "it waits")
+        empty(daemon)
+        until(lambda: not list(daemon.dirs.tasks.glob(id["ended"])), "its place in the archive")
         assert len(starts(daemon)) == 1
-    line = str(spoilt(ledger, id["kept"], "queued"))
-    spoilt(ledger, id["ended"], "done")
-    spoilt(ledger, id["lost"], "queued")
+    for name, kind in (
+        ("marked", "queued"), ("kept", "queued"), ("ended", "done"), ("lost", "queued"),
+    ):  # fmt: skip
+        id[f"line of {name}"] = str(spoilt(daemon.dirs.ledger, id[name], kind))
+    return id
 
+
+def named(told: str, id: str) -> str:
+    """What `verify` says of a task."""
+    return "".join(x.partition(f"tasks/{id}: ")[2] for x in told.splitlines())
+
+
+def test_the_repair_that_the_manual_describes(daemon: Daemon) -> None:
+    id = repairable(daemon)
+    line = id["line of kept"]
     person = Person(daemon)
     found = person.does("codexd ledger verify")
     assert found.returncode == 1
-    assert f"tasks.md:{line}: byte" in found.stdout
+    for name in ("marked", "kept", "ended", "lost"):
+        assert f"tasks.md:{id[f'line of {name}']}: byte" in found.stdout
+    assert "checkpoint.json alone knows it" in named(found.stdout, id["marked"])
+    for name in ("kept", "lost"):
+        assert named(found.stdout, id[name]).startswith("the ledger does not know this task")
+    assert "its last line is lost" in named(found.stdout, id["ended"])
+    assert not named(found.stdout, id["sound"])
     assert person.does("cp -p").returncode == 0
-    assert daemon.dirs.checkpoint.exists()
-    assert person.does("rm -f").returncode == 0
     assert person.does("sed -n", **{"7": line}).returncode == 0
-    assert person.does("sed -i", **{"7": line}).returncode == 0
+    assert person.does("sed -e", **{"7": line}).returncode == 0
+    assert person.does("cp mended").returncode == 0
     found = person.does("codexd ledger verify")
     assert f"tasks.md:{line}:" not in found.stdout, "the copy's line is the right one"
-    assert found.stdout.count("the seal is broken") == 2
-    for name, text in (("lost", "does not know this task"), ("ended", "last line is lost")):
-        assert re.search(rf"tasks/{id[name]}: .*{text}", found.stdout), found.stdout
+    assert found.stdout.count("the seal is broken") == 3
+    assert not named(found.stdout, id["kept"])
     with daemon:
+        waits = daemon.json("task", "show", id["child"])
+        assert (waits["state"], waits["reason"]) == ("waiting", "after")
+        assert waits["message"].startswith(f"the ledger has lost task {id['lost']}")
+        daemon.drop("same.md", "---\nkey: k2\n---\na task that is lost")
+        assert daemon.reason("same.md").startswith("key 'k2': the ledger has lost task ")
+        assert daemon.run("task", "show", id["lost"]).returncode == 66
+        early = daemon.run("task", "retry", id["lost"])
+        assert early.returncode == 1
+        assert "see Repairing the ledger in codexd(7)" in early.stderr
         month = f"{id['lost'][:4]}-{id['lost'][4:6]}"
         assert person.does("mkdir", **{"2026-11": month}).returncode == 0
         assert person.does("mv", **{"2026-11": month, "ID": id["lost"]}).returncode == 0
-        assert person.does("touch", ID=id["lost"]).returncode == 0
-        again = until(
-            lambda: [t for t in daemon.tasks() if t["retry_of"] == id["lost"]], "the new task"
-        )[0]["id"]
+        made = person.does("codexd task retry", ID=id["lost"])
+        assert (made.returncode, made.stderr) == (0, "")
+        again = made.stdout.strip()
+        assert daemon.json("task", "show", again)["retry_of"] == id["lost"]
+        failed = reaches(daemon, id["child"], "failed")
+        assert failed["outcome"] == "dependency"
+        assert f"task {again} has taken its place" in failed["message"]
+        empty(daemon)
+        daemon.drop("same.md", "---\nkey: k2\n---\na task that is lost")
+        until(lambda: f'key="k2" first="{again}"' in daemon.dirs.ledger.read_text(), "repeated")
         assert person.does("codexd ledger compact").returncode == 0
-        until(lambda: rotate.kept(ledger), "the old ledger")
-        sound = person.does("codexd ledger verify tasks.md")
-        assert (sound.returncode, sound.stderr) == (0, "")
+        until(lambda: rotate.kept(daemon.dirs.ledger), "the old ledger")
+        empty(daemon)
+        last = person.does("codexd ledger verify")
+        (old,) = rotate.kept(daemon.dirs.ledger)
+        wrong = [x for x in last.stdout.splitlines() if ": format 1, " not in x]
+        assert all(x.startswith(f"{old}:") for x in wrong), wrong
         assert not person.left, "every command of the page was done"
-        states = {t["id"]: t["state"] for t in daemon.tasks()}
-        assert states[id["ended"]] == "done"
-        assert states[id["kept"]] == "waiting"
-        assert states[id["sound"]] == states[again] == "queued"
         daemon.run("release")
-        daemon.run("task", "release", id["kept"])
-        wanted = {id["ended"], id["kept"], id["sound"], again}
-        until(
-            lambda: {t["id"] for t in daemon.tasks() if t["state"] == "done"} >= wanted, "all done"
-        )
-        assert len(starts(daemon)) == len(set(starts(daemon))) == 4, "none twice"
+        daemon.run("task", "release", id["kept"], id["marked"])
+        for one in (id["ended"], id["kept"], id["marked"], id["sound"], again):
+            reaches(daemon, one, "done")
+        assert len(starts(daemon)) == len(set(starts(daemon))) == 5, "none twice"
+
+
+def test_what_the_checkpoint_knows_needs_no_copy(daemon: Daemon) -> None:
+    """The manual's way where all that is damaged came before it: look, start, begin anew."""
+    behave(daemon)
+    with daemon:
+        daemon.run("hold")
+        daemon.drop("b.md", "---\nkey: k2\n---\nfirst")
+        daemon.drop("c.md", "---\nafter: [k2]\n---\nthen")
+        b, c = in_ledger(daemon, "b.md"), in_ledger(daemon, "c.md")
+        empty(daemon)
+        daemon.stop()
+    spoilt(daemon.dirs.ledger, b, "queued")
+    assert "checkpoint.json alone knows it" in named(daemon.run("ledger", "verify").stdout, b)
+    with daemon:
+        daemon.run("release")
+        assert reaches(daemon, b, "done")["attempts"] == 1
+        assert reaches(daemon, c, "done")["attempts"] == 1
+        daemon.run("ledger", "compact")
+        until(lambda: rotate.kept(daemon.dirs.ledger), "the old ledger")
+        assert daemon.run("ledger", "verify", str(daemon.dirs.ledger)).returncode == 0
+
+
+def test_a_task_after_one_that_is_lost_waits_and_says_for_what(daemon: Daemon) -> None:
+    behave(daemon)
+    with daemon:
+        daemon.run("hold")
+        daemon.drop("b.md", "---\nkey: k2\n---\nfirst")
+        daemon.drop("c.md", "---\nafter: [k2]\n---\nthen")
+        b, c = in_ledger(daemon, "b.md"), in_ledger(daemon, "c.md")
+        empty(daemon)
+    daemon.dirs.checkpoint.unlink(missing_ok=True)
+    number = spoilt(daemon.dirs.ledger, b, "queued")
+    made = daemon.dirs.ledger.read_bytes().splitlines(keepends=True)
+    with daemon:
+        daemon.drop("d.md", f"---\nafter: [{b}]\n---\nso does one that comes now")
+        for id in (c, in_ledger(daemon, "d.md")):
+            told = reaches(daemon, id, "waiting")
+            assert told["message"].startswith(f"the ledger has lost task {b}, so it is not run")
+        daemon.run("release")
+        daemon.drop("e.md", "another goes on")
+        daemon.answer("e")
+        assert reaches(daemon, c, "waiting")
+        daemon.run("task", "release", c)
+        reaches(daemon, c, "done")
+        daemon.stop()
+    # Its line is put back after all.
+    text = daemon.dirs.ledger.read_bytes().splitlines(keepends=True)
+    line = text[number - 1]
+    assert line == made[number - 1]
+    text[number - 1] = line[:40] + line_byte(line) + line[41:]
+    daemon.dirs.ledger.write_bytes(b"".join(text))
+    with daemon:
+        daemon.answer("b")
+        assert daemon.answer("d")[0]["state"] == "done"
+
+
+def line_byte(line: bytes) -> bytes:
+    """The byte that the seal says stood where `spoilt` has been."""
+    return next(
+        bytes([n]) for n in range(256) if crc32(line[:40] + bytes([n]) + line[41:]) == SEALED
+    )
 
 
 @pytest.mark.parametrize("copy", ["an old one", "none"])
