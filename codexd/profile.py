@@ -39,7 +39,11 @@ _OPEN_IN_HOME = frozenset(
     ["tmp", ".tmp", "skills", "plugins", "prompts", "rules", "packages", "bin"]
 )
 _FILES_IN_HOME = (".json", ".jsonl", ".toml", ".log")
-_EXPECTED_IN_HOME = ("auth.json", ".credentials.json", ".env", "history.jsonl", "log")
+# What Codex may make in the midst of a turn; where it runs without our profile, the snapshots
+# of its shell have its whole environment.
+_EXPECTED_IN_HOME = (
+    "auth.json", ".credentials.json", ".env", "history.jsonl", "log", "shell_snapshots"
+)  # fmt: skip
 _PATTERN = frozenset("*?[]{}")  # in a path Codex takes them for a pattern
 _KEYS = ("CODEX_API_KEY", "OPENAI_API_KEY")
 # A snapshot has Codex's whole environment, keys included; commands read it as they begin.

@@ -333,7 +333,9 @@ def is_held(health: Json) -> bool:
 
 
 def _matches(task: Json, state: str | None, session: str | None) -> bool:
-    return (not state or task["state"] == state) and session in (None, task["session"])
+    return (not state or task["state"] == state) and (
+        session is None or task.get("session") == session
+    )
 
 
 def _without_answer(task: Json) -> Json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterator
@@ -125,6 +126,27 @@ def looked(daemon: Daemon, model: CaseModel, name: str, more: str) -> tuple[str,
     turn = model.asked(f"[[say {name} is over]]")[-1]
     assert turn.tool_outputs, "the shell did not run"
     return turn.tool_outputs[0], turn.body
+
+
+def test_what_codex_begins_to_keep_in_the_midst_of_a_turn_is_hidden_too(
+    daemon: Daemon, model: CaseModel
+) -> None:
+    """Another, without our profile, makes a snapshot of its shell, with keys and all."""
+    daemon.drop("ended.md", "[[say fine]]\n")  # which made what Codex always has
+    daemon.answer("ended")
+    snapshots = daemon.dirs.codex_home / "shell_snapshots"
+    shutil.rmtree(snapshots, ignore_errors=True)
+    head = f"---\nworkdir: {daemon.dirs.work}\nsandbox: workspace-write\n---\n"
+    look = f"cat {snapshots}/1.sh; echo the end"
+    daemon.drop("turn.md", f"{head}[[hold B]] [[shell {look}]] [[say over]]\n")
+    model.wait_held("B")
+    snapshots.mkdir(exist_ok=True)
+    (snapshots / "1.sh").write_text("export KEY=LATE-CANARY\n")
+    model.release("B")
+    daemon.answer("turn")
+    told = model.asked("[[say over]]")[-1]
+    assert "the end" in told.tool_outputs[0]
+    assert not canaries(told.body), told.tool_outputs[0]
 
 
 def canaries(body: bytes) -> set[str]:
