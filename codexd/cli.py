@@ -33,7 +33,7 @@ from codexd.program import (
     open_streams,
     refusal,
     silence,
-)
+)  # fmt: skip
 from codexd.submit import (
     ask,
     give,

@@ -3,8 +3,9 @@
 Part of the master.  They are obeyed in the order in which they came, so that the last
 of two that contradict each other stands.  The effect is in the ledger before the file
 is removed, and obeying twice changes nothing (but for the release of a held task that waits
-for another or for a time: the first undoes the hold, one more lets it start).  A
-control for something that does not exist is rejected with its reason, like any other file.
+for another or for a time: the first undoes the hold, one more lets it start).
+
+A control for something that does not exist is rejected with its reason, like any other file.
 """
 
 from __future__ import annotations

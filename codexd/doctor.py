@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from codexd import checks, codexchecks, config, install, report, unitchecks
 from codexd.checks import Finding, Findings, Host, Status
 from codexd.config import ConfigError, Directories, Launcher
-from codexd.program import Exit, clean, directories, elsewhere, where
+from codexd.program import Exit, clean, directories, elsewhere, typed
 
 TABLE: dict[str, Callable[[Host], Findings]] = {
     "python": checks.python,
@@ -95,8 +94,8 @@ def host(args: argparse.Namespace) -> Host:
         found = config.load(bare, explicit=False)
     units = not dirs.rooted and found.launcher is not Launcher.PROCESS and install.BOOTED.is_dir()
     path = os.environ.get("PATH", os.defpath)
-    serve = shlex.join(["codexd", *where(args), "serve"])
-    return Host(dirs, found, problem, units, _path(dirs) if units else path, serve)
+    used = _path(dirs) if units else path
+    return Host(dirs, found, problem, units, used, typed(args, "serve"))
 
 
 def _path(dirs: Directories) -> str:

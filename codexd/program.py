@@ -10,6 +10,7 @@ import argparse
 import errno
 import io
 import os
+import shlex
 import sys
 from enum import IntEnum
 from pathlib import Path
@@ -157,6 +158,11 @@ def elsewhere(dirs: config.Directories) -> str | None:
 def load(args: argparse.Namespace) -> config.Config:
     """The checked configuration.  Raises config.ConfigError."""
     return config.load(directories(args), explicit=hasattr(args, "config"))
+
+
+def typed(args: argparse.Namespace, *words: str) -> str:
+    """What a person types to run `codexd` on the same place."""
+    return shlex.join(["codexd", *where(args), *words])
 
 
 def where(args: argparse.Namespace) -> list[str]:

@@ -8,7 +8,6 @@ why.  Part of `cli`.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from codexd import asking, config, lost, overview, report, spool
 from codexd.document import Form, Scalar
 from codexd.model import Note, State
-from codexd.program import Exit, Trouble, directories, elsewhere, where
+from codexd.program import Exit, Trouble, directories, elsewhere, typed
 from codexd.view import WORD, Json, View
 
 POLL = 0.03  # seconds between looks at the ledger while somebody waits
@@ -99,12 +98,9 @@ def ask(args: argparse.Namespace) -> int:
     view = View(directories(args))
     health = view.health()[1]
     if health["status"] == "down":
-        serve = shlex.join(["codexd", *where(args), "serve"])
-        raise Trouble(
-            Exit.UNAVAILABLE,
-            f"codexd is not serving {view.dirs.state}: "
-            f"{elsewhere(view.dirs) or f'start it with `{serve}`'}. Nothing was submitted",
-        )
+        what = elsewhere(view.dirs) or f"start it with `{typed(args, 'serve')}`"
+        why = f"codexd is not serving {view.dirs.state}: {what}. Nothing was submitted"
+        raise Trouble(Exit.UNAVAILABLE, why)
     timeout, began = seconds(args.timeout), time.monotonic()
     request = asking.by_options(args, most := asking.limit(args, health))
     id = _deliver(view, asking.content(request, most))
@@ -283,5 +279,5 @@ def going_on(args: argparse.Namespace, ids: list[str]) -> Iterator[None]:
 
 def goes_on(args: argparse.Namespace, ids: Sequence[str]) -> None:
     what, verb = ("task goes", "follow") if len(ids) == 1 else ("tasks go", "wait")
-    command = shlex.join(["codexd", *where(args), "task", verb, *ids])
+    command = typed(args, "task", verb, *ids)
     print(f"codexd: the {what} on: {command}", file=sys.stderr)

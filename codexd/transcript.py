@@ -93,8 +93,8 @@ def conversation(
     """Of the last lines, those of the conversation that this task is the latest in.
 
     Its own, those of the thread that it would have `continued`, and those of tasks with a
-    thread of these: a task that went on in a new thread has
-    lines in both, but what was to be forgotten (a reset, `resume: never`) has none in common.
+    thread of these: a task that went on in a new thread has lines in both, but what was to be
+    forgotten (a reset, `resume: never`) has none in common.
     """
     found: list[dict[str, object]] = []
     tasks: list[object] = [id]  # no sets: a damaged line may have anything here

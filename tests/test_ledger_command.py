@@ -706,15 +706,21 @@ def test_the_repair_that_the_manual_describes(daemon: Daemon) -> None:
         assert len(starts(daemon)) == len(set(starts(daemon))) == 5, "none twice"
 
 
+def one_after_the_other(daemon: Daemon) -> tuple[str, str]:
+    """A task with the key k2 and one that follows it, while all is held."""
+    daemon.run("hold")
+    daemon.drop("b.md", "---\nkey: k2\n---\nfirst")
+    daemon.drop("c.md", "---\nafter: [k2]\n---\nthen")
+    found = in_ledger(daemon, "b.md"), in_ledger(daemon, "c.md")
+    empty(daemon)
+    return found
+
+
 def test_what_the_checkpoint_knows_needs_no_copy(daemon: Daemon) -> None:
     """The manual's way where all that is damaged came before it: look, start, begin anew."""
     behave(daemon)
     with daemon:
-        daemon.run("hold")
-        daemon.drop("b.md", "---\nkey: k2\n---\nfirst")
-        daemon.drop("c.md", "---\nafter: [k2]\n---\nthen")
-        b, c = in_ledger(daemon, "b.md"), in_ledger(daemon, "c.md")
-        empty(daemon)
+        b, c = one_after_the_other(daemon)
         daemon.stop()
     spoilt(daemon.dirs.ledger, b, "queued")
     assert "checkpoint.json alone knows it" in named(daemon.run("ledger", "verify").stdout, b)
@@ -730,11 +736,7 @@ def test_what_the_checkpoint_knows_needs_no_copy(daemon: Daemon) -> None:
 def test_a_task_after_one_that_is_lost_waits_and_says_for_what(daemon: Daemon) -> None:
     behave(daemon)
     with daemon:
-        daemon.run("hold")
-        daemon.drop("b.md", "---\nkey: k2\n---\nfirst")
-        daemon.drop("c.md", "---\nafter: [k2]\n---\nthen")
-        b, c = in_ledger(daemon, "b.md"), in_ledger(daemon, "c.md")
-        empty(daemon)
+        b, c = one_after_the_other(daemon)
     daemon.dirs.checkpoint.unlink(missing_ok=True)
     number = spoilt(daemon.dirs.ledger, b, "queued")
     made = daemon.dirs.ledger.read_bytes().splitlines(keepends=True)
